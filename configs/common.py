@@ -1,0 +1,102 @@
+"""Every field of a run, written once, with the published recipe's values (Conditional DETR R50, 50 epochs).
+
+The other files in this folder start from here and change only their own lines. Override any field on the command
+line: `--config.optimizer.lr=2e-4`. The config is locked: a field that is not listed here is an error.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The published Conditional DETR R50 recipe on COCO: batch 16, 50 epochs, learning rate drop after 40."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+
+    config.model = model = ml_collections.ConfigDict()
+    model.decoder = "conditional"  # conditional (arXiv:2108.06152) | detr (arXiv:2005.12872)
+    model.backbone = "resnet50"  # resnet18 | resnet34 | resnet50 | resnet101
+    model.backbone_width = 64  # channels of the stem; 64 is torchvision's
+    model.backbone_norm = "frozen_batch"  # frozen_batch (published) | group (to train without ImageNet weights)
+    model.frozen_stages = 2  # 2: stem and layer1 are not trained (published); 0: everything is
+    model.dc5 = False  # stage 5 dilated instead of strided: twice the resolution
+    model.width = 256  # D
+    model.num_heads = 8  # N
+    model.ffn_width = 2048
+    model.encoder_layers = 6
+    model.decoder_layers = 6  # L
+    model.num_queries = 300  # Q
+    model.dropout = 0.1
+    model.num_classes = 91  # class logits; 0: as many as the data needs
+    model.class_loss = "focal"  # focal | softmax (adds a "no object" logit)
+    model.box_offset = True  # boxes are offsets to the reference point, equation (1)
+    model.reference_point = "predicted"  # zero | learned | predicted, section 3.5
+    model.spatial_query = "full"  # full | c | t | p | i: CSQ and CSQ-C/T/P/I of table 3
+    model.transformation = "diagonal"  # identity | scalar | block | full | diagonal, figure 5
+    model.compute_dtype = "float32"  # float32 | bfloat16; parameters, losses, boxes and matching stay float32
+
+    config.matcher = matcher = ml_collections.ConfigDict()
+    matcher.class_cost = 2.0
+    matcher.l1_cost = 5.0
+    matcher.giou_cost = 2.0
+
+    config.loss = loss = ml_collections.ConfigDict()
+    loss.class_weight = 2.0
+    loss.l1_weight = 5.0
+    loss.giou_weight = 2.0
+    loss.focal_alpha = 0.25
+    loss.focal_gamma = 2.0
+    loss.no_object_weight = 0.1  # softmax only
+
+    config.data = data = ml_collections.ConfigDict()
+    data.source = "coco_folder"  # coco_folder | synthetic
+    data.train_images = ""  # folder of the pictures
+    data.train_annotations = ""  # instances JSON
+    data.eval_images = ""
+    data.eval_annotations = ""
+    data.class_ids = "category_id"  # category_id: logit = COCO id (published) | contiguous: logit = rank of the id
+    data.on_error = "raise"  # raise: stop at a damaged picture and name it | skip: replace it, count it
+    data.max_bad_fraction = 0.01  # with skip: stop when more of the pictures than this are damaged
+    data.workers = 8  # decoding threads
+    data.max_targets = 0  # T, objects an image can hold; 0: as many as the fullest picture has
+    data.train_shapes = ((800, 1088), (1088, 800), (800, 1344), (1344, 800), (1344, 1344))  # padded H, W in pixels
+    data.eval_shapes = ((800, 1088), (1088, 800), (800, 1344), (1344, 800), (1344, 1344))
+    data.short_sides_px = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    data.long_side_max_px = 1333
+    data.flip_probability = 0.5
+    data.crop_probability = 0.5
+    data.crop_short_sides_px = (400, 500, 600)  # resized to one of these before the crop
+    data.crop_sides_px = (384, 600)  # sides of the crop window, from and to
+    data.eval_short_side_px = 800
+    data.synthetic = synthetic = ml_collections.ConfigDict()
+    synthetic.train_pictures = 2000
+    synthetic.eval_pictures = 200
+    synthetic.height = 128
+    synthetic.width = 128
+    synthetic.max_objects = 6
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.lr = 1e-4
+    optimizer.backbone_lr = 1e-5
+    optimizer.weight_decay = 1e-4
+    optimizer.clip_norm = 0.1  # global gradient norm
+    optimizer.warmup_steps = 0
+    optimizer.drop_epoch = 40  # both learning rates times drop_factor from this epoch on
+    optimizer.drop_factor = 0.1
+    optimizer.ema_decay = 0.0  # 0: no moving average of the weights; else it is what evaluation and prediction use
+
+    config.train = train = ml_collections.ConfigDict()
+    train.batch_size = 16  # pictures per optimiser step, over all devices and hosts
+    train.accumulation_steps = 1  # the batch is cut into this many parts, one after the other
+    train.num_epochs = 50
+    train.max_steps = config_dict.placeholder(int)  # stop earlier, for a trial
+    train.log_every_steps = 50
+    train.checkpoint_every_steps = 1000  # and at the end of every epoch
+    train.keep_checkpoints = 2  # the last n, and the best by AP
+
+    config.eval = evaluation = ml_collections.ConfigDict()
+    evaluation.batch_size = 8
+    evaluation.every_epochs = 1
+    evaluation.top_k = 100  # detections per picture
+
+    return config.lock()
