@@ -1,0 +1,71 @@
+"""Executes one row of a plan on a picture and its boxes. Nothing is random here."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from cdetr_jax.data.plan import resized_hw
+from cdetr_jax.data.sources import clip_to_picture
+from cdetr_jax.structs import Record
+
+
+def training_objects(record: Record) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what of a record can be a target: crowds left out, boxes clipped to the picture, empty ones dropped.
+
+    Returns: boxes [n, 4] float64, left, top, right, bottom in pixels; category ids [n].
+    """
+    boxes, has_area = clip_to_picture(record.boxes_xywh_px, record.height, record.width)
+    keep = has_area & ~record.is_crowd
+    return boxes[keep], record.category_ids[keep]
+
+
+def count_training_objects(records: Sequence[Record]) -> np.ndarray:
+    """Returns [n] int, how many objects `training_objects` gives for each record, for all records at once."""
+    owners = np.repeat(np.arange(len(records)), [len(record.boxes_xywh_px) for record in records])
+    boxes = np.concatenate([record.boxes_xywh_px for record in records])
+    sizes = np.array([(record.height, record.width) for record in records])[owners]
+    has_area = clip_to_picture(boxes, sizes[:, 0], sizes[:, 1])[1]
+    keep = has_area & ~np.concatenate([record.is_crowd for record in records])
+    return np.bincount(owners[keep], minlength=len(records))
+
+
+def apply_row(image: np.ndarray, record: Record, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flips, crops and resizes a picture with its boxes, as a plan's row says.
+
+    Source: facebookresearch/detr datasets/transforms.py; the random numbers were drawn in the plan.
+    Args:
+      image: uint8 [H, W, 3], of the size in the record.
+      row: one ROW.
+    Returns: picture, uint8 [h, w, 3] of row["size_hw"]; boxes, float32 [n, 4] cxcywh, fractions of that picture;
+      category ids, [n].
+    """
+    boxes, category_ids = training_objects(record)
+    picture = Image.fromarray(image)
+    if row["flip"]:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        boxes = boxes[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [picture.width, 0, picture.width, 0]
+    if row["crop"]:
+        picture, boxes = _resize(picture, boxes, row["first_hw"])
+        top, left, height, width = row["window"].tolist()
+        picture = picture.crop((left, top, left + width, top + height))
+        boxes = (boxes - [left, top, left, top]).clip(0, [width, height, width, height])
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        boxes, category_ids = boxes[keep], category_ids[keep]
+    picture, boxes = _resize(picture, boxes, row["size_hw"])
+    corners = boxes / [picture.width, picture.height, picture.width, picture.height]
+    low, high = corners[:, :2], corners[:, 2:]
+    boxes_cxcywh = np.concatenate([(low + high) / 2, high - low], axis=-1).astype(np.float32)
+    return np.asarray(picture), boxes_cxcywh, category_ids
+
+
+def resize_for_evaluation(image: np.ndarray, short_side_px: int, long_side_max_px: int) -> np.ndarray:
+    """Resizes uint8 [H, W, 3] as the evaluation plan does, for a picture that is in no plan; uint8 [h, w, 3]."""
+    height, width = resized_hw(np.array([image.shape[:2]]), short_side_px, long_side_max_px)[0].tolist()
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _resize(picture: Image.Image, boxes: np.ndarray, size_hw: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+    height, width = size_hw.tolist()
+    across, down = width / picture.width, height / picture.height
+    return picture.resize((width, height), Image.Resampling.BILINEAR), boxes * [across, down, across, down]

@@ -1,0 +1,123 @@
+"""Multi-head attention whose query/key width may exceed the value width, and the linear layers around it."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Dtype = Any
+
+xavier_uniform = nn.initializers.xavier_uniform()
+# PyTorch's default for a linear layer: uniform within 1/sqrt(fan_in).
+torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# Xavier over the packed [3 D, D] matrix that PyTorch's attention initialises as one.
+packed_xavier_uniform = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+
+
+class Linear(nn.Module):
+    """`x W + b`; without a `bias_init` the bias is uniform within 1/sqrt(fan_in), PyTorch's default."""
+
+    features: int
+    kernel_init: nn.initializers.Initializer = xavier_uniform
+    bias_init: nn.initializers.Initializer | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        fan_in = x.shape[-1]
+        kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
+        bias = self.param("bias", self.bias_init or _uniform(fan_in**-0.5), (self.features,))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+def _uniform(bound: float) -> nn.initializers.Initializer:
+    return lambda rng, shape: jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
+
+
+class MLP(nn.Module):
+    """Linear layers `layers_0, layers_1, ...` with ReLU between them: the papers' FFN.
+
+    Attributes:
+      features: width of each layer's output.
+      kernel_init: of every layer.
+      zero_last: the last layer starts at zero, weights and bias.
+    """
+
+    features: tuple[int, ...]
+    kernel_init: nn.initializers.Initializer = xavier_uniform
+    zero_last: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        last = len(self.features) - 1
+        zeros = nn.initializers.zeros
+        for i, features in enumerate(self.features):
+            kernel_init, bias_init = (zeros, zeros) if self.zero_last and i == last else (self.kernel_init, None)
+            x = Linear(features, kernel_init, bias_init, self.dtype, name=f"layers_{i}")(x)
+            if i < last:
+                x = nn.relu(x)
+        return x
+
+
+class Attend(nn.Module):
+    """softmax(q k / sqrt(d)) v per head, then the output projection.
+
+    The scores are compared in float32 whatever the compute dtype.
+    """
+
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        q: Float[Array, "B Q N d"],
+        k: Float[Array, "B S N d"],
+        v: Float[Array, "B S N e"],
+        is_pad: Bool[Array, "B S"] | None,
+        train: bool,
+    ) -> Float[Array, "B Q D"]:
+        """Attends from `q` to `k`, `v`; `is_pad`: True = this key counts for nothing. Returns width N * e."""
+        scores = jnp.einsum("bqnd,bsnd->bnqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        if is_pad is not None:
+            # Finite, so that a picture that is all padding gives numbers and not NaN.
+            scores = jnp.where(is_pad[:, None, None, :], jnp.finfo(jnp.float32).min, scores)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
+        out = jnp.einsum("bnqs,bsne->bqne", weights, v)
+        out = out.reshape(*out.shape[:2], -1)
+        return Linear(out.shape[-1], bias_init=nn.initializers.zeros, dtype=self.dtype, name="out_proj")(out)
+
+
+def split_heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S N d"]:
+    """Cuts the width into heads."""
+    return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+class MultiHeadAttention(nn.Module):
+    """The standard attention of the encoder and of DETR's decoder: plain q, k and v projections."""
+
+    num_heads: int
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        q: Float[Array, "B Q D"],
+        k: Float[Array, "B S D"],
+        v: Float[Array, "B S D"],
+        is_pad: Bool[Array, "B S"] | None,
+        train: bool,
+    ) -> Float[Array, "B Q D"]:
+        """Projects, attends and projects back; `is_pad`: True = this key counts for nothing."""
+        heads = []
+        for name, x in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
+            linear = Linear(x.shape[-1], packed_xavier_uniform, nn.initializers.zeros, self.dtype, name=name)
+            heads.append(split_heads(linear(x), self.num_heads))
+        attend = Attend(self.dropout, self.dtype)
+        nn.share_scope(self, attend)  # the output projection sits beside the others, as in PyTorch's module
+        return attend(*heads, is_pad, train)

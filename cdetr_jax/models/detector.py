@@ -1,0 +1,156 @@
+"""The whole detector: backbone, projection, transformer, class and box heads."""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from cdetr_jax.models import position
+from cdetr_jax.models.attention import MLP, Linear, torch_uniform
+from cdetr_jax.models.resnet import ResNet
+from cdetr_jax.models.transformer import Transformer
+from cdetr_jax.structs import Predictions
+
+Dtype = Any
+
+MEAN_RGB = (0.485, 0.456, 0.406)
+STD_RGB = (0.229, 0.224, 0.225)
+
+
+class Stages(NamedTuple):
+    """What the stages of one forward pass give, to look at or to test; `Predictions` is what training needs."""
+
+    features: Float[Array, "B h w C"]
+    is_pad: Bool[Array, "B h w"]
+    pos: Float[Array, "B h w D"]
+    memory: Float[Array, "B S D"]
+    decoder_output: Float[Array, "L B Q D"]
+    reference_points: Float[Array, "Q 2"]
+    predictions: Predictions
+
+
+def padding_mask(sizes_hw: Int[Array, "B 2"], shape_hw: tuple[int, int]) -> Bool[Array, "B H W"]:
+    """True outside of each picture's upper left `sizes_hw` pixels."""
+    rows, columns = jnp.arange(shape_hw[0])[None, :, None], jnp.arange(shape_hw[1])[None, None, :]
+    return (rows >= sizes_hw[:, 0, None, None]) | (columns >= sizes_hw[:, 1, None, None])
+
+
+def normalize(images: UInt8[Array, "B H W 3"], is_pad: Bool[Array, "B H W"]) -> Float[Array, "B H W 3"]:
+    """ImageNet normalisation; padding is zero afterwards."""
+    x = (images.astype(jnp.float32) / 255.0 - jnp.array(MEAN_RGB)) / jnp.array(STD_RGB)
+    return jnp.where(is_pad[..., None], 0.0, x)
+
+
+def inverse_sigmoid(x: Float[Array, "..."], eps: float = 1e-5) -> Float[Array, "..."]:
+    """The logit of x, both sides of the fraction kept at `eps` or more."""
+    x = jnp.clip(x, 0.0, 1.0)
+    return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1.0 - x, eps))
+
+
+def resize_mask(mask: Bool[Array, "B H W"], shape_hw: tuple[int, int]) -> Bool[Array, "B h w"]:
+    """Nearest neighbour, PyTorch's way: cell i looks at pixel floor(i H / h)."""
+    rows = [i * mask.shape[1] // shape_hw[0] for i in range(shape_hw[0])]
+    columns = [i * mask.shape[2] // shape_hw[1] for i in range(shape_hw[1])]
+    return mask[:, jnp.array(rows)][:, :, jnp.array(columns)]
+
+
+class Detector(nn.Module):
+    """Conditional DETR, or DETR with `decoder="detr"`.
+
+    Attributes:
+      num_classes: class logits C. With `class_loss="softmax"` one more is added, for "no object".
+      box_offset: boxes are sigmoid(FFN(f) + [s, 0, 0]), equation (1); else sigmoid(FFN(f)).
+      dtype: of the backbone's and the transformer's computation; heads and boxes are float32.
+      The rest: see `ResNet` and `Transformer`.
+    """
+
+    decoder: str = "conditional"
+    backbone: str = "resnet50"
+    backbone_width: int = 64
+    backbone_norm: str = "frozen_batch"
+    frozen_stages: int = 2
+    dc5: bool = False
+    width: int = 256
+    num_heads: int = 8
+    ffn_width: int = 2048
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    num_queries: int = 300
+    dropout: float = 0.1
+    num_classes: int = 91
+    class_loss: str = "focal"
+    box_offset: bool = True
+    reference_point: str = "predicted"
+    spatial_query: str = "full"
+    transformation: str = "diagonal"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def stages(self, images: Float[Array, "B H W 3"], is_pad: Bool[Array, "B H W"], train: bool = False) -> Stages:
+        """Runs the detector on normalised pictures and returns what every stage gives.
+
+        Args:
+          images: normalised, zero where `is_pad`.
+          is_pad: True = padding.
+          train: dropout is on; needs the rng `dropout`.
+        """
+        features = ResNet(
+            self.backbone,
+            self.backbone_width,
+            self.backbone_norm,
+            self.frozen_stages,
+            self.dc5,
+            self.dtype,
+            name="backbone",
+        )(images)
+        batch, h, w, _ = features.shape
+        is_pad = resize_mask(is_pad, (h, w))
+        pos = position.grid_embedding(is_pad, self.width)
+        projected = Linear(self.width, torch_uniform, dtype=self.dtype, name="input_proj")(features)
+        query_pos = self.param("query_embed", nn.initializers.normal(1.0), (self.num_queries, self.width))
+        memory, decoder_output, points = Transformer(
+            decoder=self.decoder,
+            box_offset=self.box_offset,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
+            width=self.width,
+            num_heads=self.num_heads,
+            ffn_width=self.ffn_width,
+            dropout=self.dropout,
+            reference_point=self.reference_point,
+            spatial_query=self.spatial_query,
+            transformation=self.transformation,
+            dtype=self.dtype,
+            name="transformer",
+        )(
+            projected.reshape(batch, h * w, self.width),
+            pos.reshape(batch, h * w, self.width),
+            is_pad.reshape(batch, h * w),
+            query_pos,
+            train,
+        )
+        f = decoder_output.astype(jnp.float32)
+        focal = self.class_loss == "focal"
+        logits = Linear(
+            self.num_classes if focal else self.num_classes + 1,
+            torch_uniform,
+            # Every class starts at a score of 0.01 (focal loss, arXiv:1708.02002).
+            nn.initializers.constant(-math.log(99.0)) if focal else None,
+            name="class_embed",
+        )(f)
+        boxes = MLP((self.width, self.width, 4), torch_uniform, zero_last=True, name="bbox_embed")(f)
+        if self.box_offset:
+            offset = inverse_sigmoid(jax.nn.sigmoid(points))
+            boxes = boxes + jnp.pad(offset, ((0, 0), (0, 2)))  # equation (1)
+        predictions = Predictions(logits=logits, boxes_cxcywh=jax.nn.sigmoid(boxes))
+        return Stages(features, is_pad, pos, memory, decoder_output, points, predictions)
+
+    def __call__(
+        self, images: UInt8[Array, "B H W 3"], sizes_hw: Int[Array, "B 2"], train: bool = False
+    ) -> Predictions:
+        """Runs the detector on pictures as a `Batch` holds them: uint8, the real part in the upper left corner."""
+        is_pad = padding_mask(sizes_hw, images.shape[1:3])
+        return self.stages(normalize(images, is_pad), is_pad, train).predictions

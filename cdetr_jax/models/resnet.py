@@ -1,0 +1,248 @@
+"""ResNet-18/34/50/101 (arXiv:1512.03385, torchvision's v1.5) with frozen batch norm and the DC5 option."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Dtype = Any
+
+STAGE_SIZES = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+}
+BOTTLENECK = {"resnet18": False, "resnet34": False, "resnet50": True, "resnet101": True}
+
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _plain_conv(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
+    pad = dilation * (kernel.shape[0] // 2)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv2d(
+    x: Float[Array, "B H W I"], kernel: Float[Array, "K K I O"], stride: int, dilation: int
+) -> Float[Array, "B h w O"]:
+    """Convolution with PyTorch's symmetric padding, `dilation * (K // 2)` on every side.
+
+    The kernel's gradient is a sum over pixels for each of the `K*K` taps. XLA's CPU backend runs the convolution that
+    differentiation gives for it several times slower than it runs the same sum as `K*K` matrix products, so on a CPU
+    it is written that way.
+    """
+    return _plain_conv(x, kernel, stride, dilation)
+
+
+def _conv2d_fwd(x, kernel, stride, dilation):
+    return _plain_conv(x, kernel, stride, dilation), (x, kernel)
+
+
+def _kernel_gradient_by_taps(x, kernel, ct, *, stride: int, dilation: int):
+    size, _, features_in, features_out = kernel.shape
+    _, h, w, _ = ct.shape
+    pad = dilation * (size // 2)
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    rows = ct.reshape(-1, features_out)
+    taps = []
+    for i in range(size):
+        for j in range(size):
+            top, left = i * dilation, j * dilation
+            tap = padded[:, top : top + (h - 1) * stride + 1 : stride, left : left + (w - 1) * stride + 1 : stride]
+            taps.append(tap.reshape(-1, features_in).T @ rows)
+    return jnp.stack(taps).reshape(kernel.shape)
+
+
+def _kernel_gradient_by_conv(x, kernel, ct, *, stride: int, dilation: int):
+    return jax.vjp(lambda k: _plain_conv(x, k, stride, dilation), kernel)[1](ct)[0]
+
+
+def _conv2d_bwd(stride, dilation, residuals, ct):
+    x, kernel = residuals
+    (x_ct,) = jax.vjp(lambda x: _plain_conv(x, kernel, stride, dilation), x)[1](ct)
+    settings = {"stride": stride, "dilation": dilation}
+    kernel_ct = lax.platform_dependent(
+        x,
+        kernel,
+        ct,
+        cpu=functools.partial(_kernel_gradient_by_taps, **settings),
+        default=functools.partial(_kernel_gradient_by_conv, **settings),
+    )
+    return x_ct, kernel_ct
+
+
+conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+
+
+class Conv(nn.Module):
+    """A square convolution without bias; a 1x1 one is a matrix product over the channels."""
+
+    features: int
+    size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", he_normal, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if self.size == 1:
+            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+        return conv2d(x, kernel, self.stride, self.dilation)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm whose statistics and affine parameters are constants (collection `constants`), eps 1e-5.
+
+    Attributes:
+      scale_init: the scale of a network that has not been loaded from a checkpoint.
+    """
+
+    scale_init: float = 1.0
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        shape = (x.shape[-1],)
+        scale = self.variable("constants", "scale", jnp.full, shape, self.scale_init).value
+        bias = self.variable("constants", "bias", jnp.zeros, shape).value
+        mean = self.variable("constants", "mean", jnp.zeros, shape).value
+        var = self.variable("constants", "var", jnp.ones, shape).value
+        scale = scale * lax.rsqrt(var + self.eps)
+        return x * scale.astype(x.dtype) + (bias - mean * scale).astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group norm with trained affine parameters, for a backbone that starts without ImageNet weights."""
+
+    scale_init: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        groups = min(32, x.shape[-1] // 4)
+        scale_init = nn.initializers.constant(self.scale_init)
+        return nn.GroupNorm(num_groups=groups, dtype=x.dtype, scale_init=scale_init, name="group_norm")(x)
+
+
+NORMS = {"frozen_batch": FrozenBatchNorm, "group": GroupNorm}
+
+# Scale of a residual branch's last norm before training. With frozen batch norm nothing else would keep the
+# activations of an unloaded network from doubling at every block; published weights overwrite it.
+RESIDUAL_SCALE = 0.25
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; the stride sits in the first."""
+
+    features: int
+    norm: type[nn.Module]
+    stride: int = 1
+    dilation: int = 1
+    first_dilation: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = Conv(self.features, 3, self.stride, self.first_dilation, self.dtype, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = Conv(self.features, 3, 1, self.dilation, self.dtype, name="conv2")(y)
+        y = self.norm(scale_init=RESIDUAL_SCALE, name="bn2")(y)
+        return nn.relu(y + _shortcut(self, x, self.features))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and a shortcut; the stride sits in the 3x3 (v1.5); 4 times as many channels out."""
+
+    features: int
+    norm: type[nn.Module]
+    stride: int = 1
+    dilation: int = 1
+    first_dilation: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = Conv(self.features, dtype=self.dtype, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = Conv(self.features, 3, self.stride, self.first_dilation, self.dtype, name="conv2")(y)
+        y = nn.relu(self.norm(name="bn2")(y))
+        y = Conv(4 * self.features, dtype=self.dtype, name="conv3")(y)
+        y = self.norm(scale_init=RESIDUAL_SCALE, name="bn3")(y)
+        return nn.relu(y + _shortcut(self, x, 4 * self.features))
+
+
+def _shortcut(block: BasicBlock | Bottleneck, x: Array, features: int) -> Array:
+    """The identity, or a 1x1 projection where the shape changes. Called inside `block`'s compact method."""
+    if block.stride == 1 and x.shape[-1] == features:
+        return x
+    x = Conv(features, 1, block.stride, dtype=block.dtype, name="downsample_conv")(x)
+    return block.norm(name="downsample_bn")(x)
+
+
+class ResNet(nn.Module):
+    """The last stage's features: stride 32, or 16 with `dc5`.
+
+    Attributes:
+      variant: a key of `STAGE_SIZES`.
+      width: channels of the stem.
+      norm: a key of `NORMS`.
+      frozen_stages: no gradient flows below this stage; 0 = all trained, 1 = stem frozen, 2 = stem and layer1.
+      dc5: layer4 keeps its input's resolution: stride 1, and dilation 2 from its second block on.
+      dtype: of the computation.
+    """
+
+    variant: str = "resnet50"
+    width: int = 64
+    norm: str = "frozen_batch"
+    frozen_stages: int = 2
+    dc5: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        norm = NORMS[self.norm]
+        block = Bottleneck if BOTTLENECK[self.variant] else BasicBlock
+        x = Conv(self.width, 7, 2, dtype=self.dtype, name="conv1")(images)
+        x = nn.relu(norm(name="bn1")(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        if self.frozen_stages == 1:
+            x = lax.stop_gradient(x)
+        for stage, num_blocks in enumerate(STAGE_SIZES[self.variant], start=1):
+            dilate = self.dc5 and stage == 4
+            for i in range(num_blocks):
+                x = block(
+                    features=self.width * 2 ** (stage - 1),
+                    norm=norm,
+                    stride=2 if i == 0 and stage > 1 and not dilate else 1,
+                    dilation=2 if dilate else 1,
+                    first_dilation=2 if dilate and i > 0 else 1,
+                    dtype=self.dtype,
+                    name=f"layer{stage}_{i}",
+                )(x)
+            if self.frozen_stages == stage + 1:
+                x = lax.stop_gradient(x)
+        return x
+
+
+def frozen_modules(variant: str, frozen_stages: int) -> tuple[str, ...]:
+    """Names of the backbone's submodules below the `frozen_stages` boundary, which the optimiser leaves alone."""
+    names = ["conv1", "bn1"] if frozen_stages > 0 else []
+    for stage, num_blocks in enumerate(STAGE_SIZES[variant], start=1):
+        if frozen_stages > stage:
+            names += [f"layer{stage}_{i}" for i in range(num_blocks)]
+    return tuple(names)

@@ -1,0 +1,211 @@
+"""What a run tells while it goes: a metrics file, TensorBoard where there is one, and its progress."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from time import monotonic
+from typing import Literal
+
+from absl import logging
+from tqdm import tqdm
+
+from cdetr_jax.visualization.curve import read_metrics
+
+RATE_WINDOW_STEPS = 200  # the time left comes from the mean pace of so many steps
+
+
+class MetricsFile:
+    """A file of one JSON object a line, readable at any moment and after any kill; `read_metrics` reads it back.
+
+    A number that is not finite becomes null, so that every line is valid JSON. Nothing is held open between writes.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Starts or continues the file; removes a last line that a killed process left half-written.
+
+        Raises: ValueError, if another line of an existing file is not JSON.
+        """
+        self.path = Path(path)
+        if self.path.exists():
+            self._replace(read_metrics(self.path))
+
+    def write(self, step: int, epoch: float, kind: Literal["train", "eval"], scalars: Mapping[str, float]) -> None:
+        """Appends one line. `scalars` may hold anything that float() takes, such as a zero-dimensional array."""
+        row = {"step": int(step), "epoch": _finite(epoch), "kind": kind}
+        row |= {name: _finite(value) for name, value in scalars.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the lines of later steps than this one, which a resumed run will write again; all of it or nothing."""
+        if self.path.exists():
+            self._replace([row for row in read_metrics(self.path) if row["step"] <= step])
+
+    def _replace(self, rows: list[dict]) -> None:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+class MetricsWriter:
+    """Writes scalars to the metrics file, and to TensorBoard if it was given a writer of `clu.metric_writers`."""
+
+    def __init__(self, file: MetricsFile, tensorboard=None):
+        self._file = file
+        self._tensorboard = tensorboard
+
+    def write_scalars(
+        self, step: int, scalars: Mapping[str, float], *, epoch: float, kind: Literal["train", "eval"]
+    ) -> None:
+        """Writes scalars of one step; in TensorBoard their names start with the kind, "train/loss"."""
+        self._file.write(step, epoch, kind, scalars)
+        if self._tensorboard is not None:
+            named = {f"{kind}/{name}": float(value) for name, value in scalars.items()}
+            self._tensorboard.write_scalars(step, {**named, "epoch": float(epoch)})
+            self._tensorboard.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """At resume: drops what was written after the restored step. TensorBoard keeps its old points."""
+        self._file.truncate_after(step)
+
+    def close(self) -> None:
+        """Closes TensorBoard's file."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def make_writer(workdir: str | os.PathLike) -> MetricsWriter:
+    """A writer to `workdir/metrics.jsonl`, and to TensorBoard where TensorFlow and TensorBoard are installed.
+
+    To be called by one process of a run. Only here may training import TensorFlow, which takes seconds.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = MetricsFile(workdir / "metrics.jsonl")
+    missing = [name for name in ("tensorflow", "tensorboard") if importlib.util.find_spec(name) is None]
+    if missing:
+        logging.info("Metrics go to %s; not to TensorBoard: no %s installed.", file.path, " and no ".join(missing))
+        return MetricsWriter(file)
+    from clu import metric_writers
+
+    logging.info("Metrics go to %s and to TensorBoard's files in %s.", file.path, workdir)
+    return MetricsWriter(file, metric_writers.SummaryWriter(str(workdir)))
+
+
+class IntervalTimer:
+    """Seconds spent in named parts of the loop since the last report."""
+
+    def __init__(self):
+        self._seconds = defaultdict(float)
+        self._start = monotonic()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts the time inside the `with` block for this part."""
+        start = monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] += monotonic() - start
+
+    def report(self, images: int) -> dict[str, float]:
+        """Ends the interval, in which so many images were trained on, and starts the next.
+
+        The first one holds the time of compiling: end it after the first step, and drop its report.
+        Returns: "images_per_second", and "<name>_percent" of the interval's time for every part seen so far.
+        """
+        now = monotonic()
+        elapsed = max(now - self._start, 1e-9)
+        scalars = {"images_per_second": images / elapsed}
+        scalars |= {f"{name}_percent": 100 * seconds / elapsed for name, seconds in self._seconds.items()}
+        self._start = now
+        self._seconds = defaultdict(float, dict.fromkeys(self._seconds, 0.0))
+        return scalars
+
+
+class Progress:
+    """How far a run is: a bar on a terminal, log lines elsewhere."""
+
+    def __init__(self, total_steps: int, steps_per_epoch: int, start_step: int = 0):
+        """Shows nothing yet.
+
+        Args:
+          total_steps: steps of the whole run, those before a resume too.
+          steps_per_epoch: steps of one epoch.
+          start_step: steps that were done before.
+        """
+        self._total = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._marks = deque(maxlen=RATE_WINDOW_STEPS + 1)  # (time, step)
+        self._text = ""
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Moves on; call it after every step.
+
+        Args:
+          step: steps done so far.
+          metrics: what is known at a logging step, else None. Shown are "loss", "images_per_second", "data_percent"
+            and "match_percent", those that it holds. Without a terminal only these calls write a line.
+        """
+        # The first call comes after the first step, so the time of compiling is not part of any pace.
+        self._marks.append((monotonic(), step))
+        if metrics is not None:
+            self._text = _shown(metrics)
+        epoch = f"epoch {max(0, step - 1) // self._steps_per_epoch + 1}/{self._total_epochs()}"
+        left = f"left {self._time_left()}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(" ".join(filter(None, (epoch, self._text, left))), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif metrics is not None:
+            logging.info("%s", " ".join(filter(None, (epoch, f"step {step}/{self._total}", self._text, left))))
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
+
+    def _total_epochs(self) -> int:
+        return math.ceil(self._total / self._steps_per_epoch)
+
+    def _time_left(self) -> str:
+        """Hours, minutes and seconds at the pace of the last steps; a question mark before the second step."""
+        (first_time, first_step), (last_time, last_step) = self._marks[0], self._marks[-1]
+        if last_step == first_step:
+            return "?"
+        seconds = round((last_time - first_time) / (last_step - first_step) * (self._total - last_step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    """The metrics that a line of progress has room for."""
+    formats = {
+        "loss": "loss {:.4g}",
+        "images_per_second": "{:.1f} img/s",
+        "data_percent": "data {:.0f} %",
+        "match_percent": "match {:.0f} %",
+    }
+    return " ".join(text.format(float(metrics[name])) for name, text in formats.items() if name in metrics)
+
+
+def _finite(value: float) -> float | None:
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

@@ -1,0 +1,103 @@
+"""The one place that pmaps: wraps the halves of a step, replicates, shards and gathers."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from cdetr_jax.losses.criterion import Counts, Losses
+from cdetr_jax.matching.assign import assign
+from cdetr_jax.structs import Batch, Detections, Match
+from cdetr_jax.training.step import AXIS, StepFunctions, TrainState
+
+
+def first(tree: Any) -> Any:
+    """The first local device's copy of a replicated tree."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+class Trainer:
+    """The compiled train and evaluation steps of one configuration, on this host's devices.
+
+    Attributes:
+      devices: this host's devices that take part.
+      matching_s: seconds spent on the host in the assignment, since the caller last set it to 0.
+    """
+
+    def __init__(self, functions: StepFunctions, devices: Sequence[jax.Device] | None = None):
+        """Compiles nothing yet. `devices`: all local ones by default."""
+        self.devices = list(devices or jax.local_devices())
+        self.matching_s = 0.0
+        self._num_queries = functions.model.num_queries
+        # With all devices pmap finds them itself, which is also what several hosts need.
+        chosen = None if devices is None else self.devices
+        self.forward = jax.pmap(functions.forward, AXIS, in_axes=(0, 0, None), devices=chosen)
+        self.backward = jax.pmap(functions.backward, AXIS, devices=chosen)
+        self.apply = jax.pmap(functions.apply, AXIS, donate_argnums=0, devices=chosen)
+        self._add = jax.pmap(lambda a, b: jax.tree.map(jnp.add, a, b), AXIS, donate_argnums=0, devices=chosen)
+        self._detect = jax.pmap(functions.detect, AXIS, devices=chosen)
+        self._copy = jax.pmap(lambda _, x: x, AXIS, in_axes=(0, None), devices=chosen)
+
+    def replicate(self, tree: Any) -> Any:
+        """Copies a tree to every device, along a new leading axis."""
+        return self._copy(np.arange(len(self.devices)), tree)
+
+    def shard(self, tree: Any) -> Any:
+        """Cuts the leading axis of every array into equal parts, one per device.
+
+        Raises: ValueError, if it cannot be cut so.
+        """
+        count = len(self.devices)
+
+        def cut(x: np.ndarray) -> np.ndarray:
+            if x.shape[0] % count:
+                raise ValueError(f"a batch of {x.shape[0]} pictures does not divide among {count} devices")
+            return x.reshape(count, -1, *x.shape[1:])
+
+        return jax.tree.map(cut, tree)
+
+    def step(self, state: TrainState, parts: list[Batch]) -> tuple[TrainState, Losses, Array]:
+        """One optimiser step over this host's micro-batches, one after the other.
+
+        Returns: the new replicated state, the losses (each device's share, summed over the parts) and the gradient
+          norm, per local device.
+        Raises: NonFiniteCostError, if the predictions are not finite.
+        """
+        parts = [self.shard(part) for part in parts]
+        counts = self.counts(parts)
+        grads = losses = None
+        for i, part in enumerate(parts):
+            cost, predictions, pullback = self.forward(state, part, i)
+            match = self.match(cost, part)
+            part_grads, part_losses = self.backward(predictions, pullback, part.targets, match, counts)
+            del predictions, pullback
+            grads = part_grads if grads is None else self._add(grads, part_grads)
+            losses = part_losses if losses is None else jax.tree.map(jnp.add, losses, part_losses)
+        state, grad_norm = self.apply(state, grads)
+        return state, losses, grad_norm
+
+    def match(self, cost: Array, batch: Batch) -> Match:
+        """Assigns on the host. `cost` and `batch` are sharded; so is what comes back."""
+        cost = np.asarray(cost)
+        start = time.perf_counter()
+        queries = np.stack([assign(c, v) for c, v in zip(cost, np.asarray(batch.targets.valid), strict=True)])
+        self.matching_s += time.perf_counter() - start
+        return Match(queries=queries)
+
+    def counts(self, parts: list[Batch]) -> Counts:
+        """What the losses are divided by, per local device, over all (sharded) parts."""
+        per_image = np.concatenate([np.asarray(part.targets.valid).sum(-1) for part in parts], axis=1)
+        return Counts(
+            targets=per_image.sum(1).astype(np.float32),
+            matched=np.minimum(per_image, self._num_queries).sum(1).astype(np.float32),
+            queries=np.full(len(per_image), per_image.shape[1] * self._num_queries, np.float32),
+        )
+
+    def detect(self, variables: Any, batch: Batch) -> Detections:
+        """Detections of a host batch, as NumPy arrays in its order. `variables` are replicated."""
+        detections = self._detect(variables, self.shard(batch))
+        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), detections)

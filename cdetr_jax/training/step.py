@@ -1,0 +1,148 @@
+"""The two halves of a train step, as pure functions of one device's share, and the evaluation step.
+
+    forward    params, pictures          -> prices, predictions, pullback
+    (host)     prices                    -> match                            matching/assign.py
+    backward   predictions, match        -> losses, cotangents -> pullback -> gradients
+    apply      gradients                 -> mean over devices -> clip -> AdamW
+
+The pullback is `jax.vjp`'s closure, a pytree of residuals, so that it can leave one program and enter another.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from cdetr_jax.evaluation.postprocess import postprocess
+from cdetr_jax.losses.criterion import Counts, Losses, criterion
+from cdetr_jax.matching.cost import matching_cost
+from cdetr_jax.models.detector import Detector
+from cdetr_jax.structs import Batch, Detections, Match, Predictions, Targets
+
+AXIS = "devices"
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a run has to keep.
+
+    Attributes:
+      step: optimiser steps taken.
+      params: what is trained, and the frozen stages.
+      constants: frozen batch norm.
+      opt_state: of the optimiser.
+      ema_params: moving average of `params`, or None.
+      rng: seed of the dropout masks; each step folds its number in.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    constants: Any
+    opt_state: Any
+    ema_params: Any
+    rng: Array
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """What evaluation and prediction run with: the moving average where there is one."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return {"params": params, "constants": self.constants}
+
+
+@struct.dataclass
+class StepFunctions:
+    """The pure functions of one configuration. See the module's docstring.
+
+    Attributes:
+      model: the detector.
+      optimizer: see `make_optimizer`.
+      cost_settings, loss_settings: keyword arguments of `matching_cost` and `criterion`.
+      ema_decay: 0 = no moving average.
+      top_k: detections per picture.
+    """
+
+    model: Detector = struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
+    cost_settings: dict[str, Any] = struct.field(pytree_node=False)
+    loss_settings: dict[str, Any] = struct.field(pytree_node=False)
+    ema_decay: float = struct.field(pytree_node=False)
+    top_k: int = struct.field(pytree_node=False)
+
+    def init(self, rng: Array, image_shape: tuple[int, int]) -> TrainState:
+        """A new state; parameters do not depend on `image_shape` (height, width in pixels), which is only traced."""
+        init_rng, dropout_rng = jax.random.split(rng)
+        images = jnp.zeros((1, *image_shape, 3), jnp.uint8)
+        variables = jax.jit(self.model.init)(init_rng, images, jnp.array([image_shape]))
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            constants=variables.get("constants", {}),
+            opt_state=self.optimizer.init(params),
+            ema_params=params if self.ema_decay > 0 else None,
+            rng=jax.random.key_data(dropout_rng),
+        )
+
+    def forward(
+        self, state: TrainState, batch: Batch, part: Int[Array, ""]
+    ) -> tuple[Float[Array, "L B Q T"], Predictions, Callable[[Predictions], Any]]:
+        """Predicts and prices. `part` counts the micro-batches of one optimiser step."""
+        rng = jax.random.wrap_key_data(state.rng)
+        for number in (state.step, part, jax.lax.axis_index(AXIS)):
+            rng = jax.random.fold_in(rng, number)
+
+        def predict(params: Any) -> Predictions:
+            variables = {"params": params, "constants": state.constants}
+            return self.model.apply(variables, batch.images, batch.sizes_hw, train=True, rngs={"dropout": rng})
+
+        predictions, pullback = jax.vjp(predict, state.params)
+        cost = matching_cost(predictions, batch.targets, **self.cost_settings)
+        return cost, predictions, pullback
+
+    def backward(
+        self,
+        predictions: Predictions,
+        pullback: Callable[[Predictions], Any],
+        targets: Targets,
+        match: Match,
+        counts: Counts,
+    ) -> tuple[Any, Losses]:
+        """This device's gradients and losses of one micro-batch; their mean over devices is the step's.
+
+        Args:
+          counts: of all micro-batches of this optimiser step on this device.
+        """
+        counts = jax.lax.pmean(counts, AXIS)
+
+        def total(predictions: Predictions) -> tuple[Float[Array, ""], Losses]:
+            losses = criterion(predictions, targets, match, counts, **self.loss_settings)
+            return losses.total, losses
+
+        cotangents, losses = jax.grad(total, has_aux=True)(predictions)
+        (grads,) = pullback(cotangents)
+        return grads, losses
+
+    def apply(self, state: TrainState, grads: Any) -> tuple[TrainState, Float[Array, ""]]:
+        """One optimiser step. Returns the new state and the gradient's global norm before clipping."""
+        grads = jax.lax.pmean(grads, AXIS)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = optax.incremental_update(params, ema_params, 1 - self.ema_decay)
+        new_state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params)
+        return new_state, optax.tree.norm(grads)
+
+    def detect(self, variables: Any, batch: Batch) -> Detections:
+        """The evaluation step: the best detections in pixels of the original pictures."""
+        predictions = self.model.apply(variables, batch.images, batch.sizes_hw)
+        return postprocess(
+            predictions,
+            batch.original_sizes_hw,
+            class_loss=self.loss_settings["class_loss"],
+            top_k=self.top_k,
+        )

@@ -1,0 +1,256 @@
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+
+from cdetr_jax.data.plan import (
+    Augmentation,
+    check_shapes,
+    eval_plan,
+    redraw_row,
+    resized_hw,
+    smallest_shape,
+    train_plan,
+)
+
+PUBLISHED = Augmentation(
+    short_sides_px=tuple(range(480, 801, 32)),
+    long_side_max_px=1333,
+    flip_probability=0.5,
+    crop_probability=0.5,
+    crop_short_sides_px=(400, 500, 600),
+    crop_sides_px=(384, 600),
+)
+SHAPES = ((800, 1088), (1088, 800), (800, 1344), (1344, 800), (1344, 1344))
+SIZES = np.array([(480, 640), (640, 427), (375, 500), (333, 500), (612, 612), (240, 640), (640, 480)])
+
+
+def _published_size(height, width, short, longest):
+    """`get_size_with_aspect_ratio` of the published code, on Python numbers."""
+    low, high = min(height, width), max(height, width)
+    if longest is not None and high / low * short > longest:
+        short = round(longest * low / high)
+    if low == short:
+        return height, width
+    return (int(short * height / width), short) if width < height else (short, int(short * width / height))
+
+
+def _published_draws(height, width, rng):
+    """One draw of METHOD's training augmentation in plain words: flip, crop, window, final size."""
+    flip = rng.random() < 0.5
+    if rng.random() < 0.5:
+        return flip, False, (0, 0, 0, 0), _published_size(height, width, rng.choice(range(480, 801, 32)), 1333)
+    height, width = _published_size(height, width, rng.choice([400, 500, 600]), None)
+    w, h = rng.randint(384, min(width, 600)), rng.randint(384, min(height, 600))
+    window = rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    return flip, True, window, _published_size(h, w, rng.choice(range(480, 801, 32)), 1333)
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "longest", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1066)),  # 1066.67, rounded down
+        ((640, 480), 800, 1333, (1066, 800)),
+        ((300, 1000), 800, 1333, (400, 1333)),  # 399.9, rounded to the nearest
+        ((200, 1000), 800, 1333, (267, 1335)),  # the published rounding can go over the longest side
+        ((1200, 2001), 800, 1333, (799, 1332)),  # 1334, one pixel over
+        ((800, 1067), 800, 1333, (800, 1067)),  # as it is: no rounding at all
+        ((200, 1000), 800, None, (800, 4000)),
+        ((1, 5000), 800, 1333, (1, 5000)),  # rounds to no pixel at all, so one is kept
+    ],
+)
+def test_resized_size(size, short, longest, expected):
+    assert tuple(resized_hw(np.array([size]), short, longest)[0]) == expected
+
+
+def test_resized_size_is_the_published_one():
+    rng = random.Random(0)
+    sizes = [(rng.randint(50, 900), rng.randint(50, 900)) for _ in range(4000)]
+    shorts = [rng.choice((400, 480, 500, 512, 800)) for _ in sizes]
+    for longest in (None, 1333):
+        expected = [_published_size(h, w, s, longest) for (h, w), s in zip(sizes, shorts, strict=True)]
+        np.testing.assert_array_equal(resized_hw(np.array(sizes), np.array(shorts), longest), expected)
+
+
+def _ks(a, b):
+    """The largest difference between two samples' cumulative distributions."""
+    at = np.union1d(a, b)
+    fractions = [np.searchsorted(np.sort(x), at, side="right") / len(x) for x in (a, b)]
+    return np.abs(fractions[0] - fractions[1]).max()
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 427), (240, 640)])
+def test_draws_have_the_published_distribution(size):
+    """100,000 draws of the plan against 30,000 of the plain simulation.
+
+    Each half, with and without a crop, of two such samples differs by more than 0.0207 once in 10,000 tries
+    (Kolmogorov-Smirnov).
+    """
+    rows = train_plan(np.tile(size, (100_000, 1)), PUBLISHED, SHAPES, batch_size=1, seed=0, epoch=0).rows[:, 0]
+    rng = random.Random(1)
+    simulated = [_published_draws(*size, rng) for _ in range(30_000)]
+    flips, crops, windows, sizes = (np.array(x) for x in zip(*simulated, strict=True))
+    assert abs(rows["flip"].mean() - 0.5) < 0.006  # 4 standard deviations
+    assert abs(rows["crop"].mean() - 0.5) < 0.006
+    assert abs(np.mean(rows["flip"] & rows["crop"]) - 0.25) < 0.006  # independent of each other
+    assert abs(np.mean(flips & crops) - 0.25) < 0.01
+    for k in range(4):
+        assert _ks(rows["window"][rows["crop"], k], windows[crops, k]) < 0.0207
+    for k in range(2):
+        assert _ks(rows["size_hw"][rows["crop"], k], sizes[crops, k]) < 0.0207
+        assert _ks(rows["size_hw"][~rows["crop"], k], sizes[~crops, k]) < 0.0207
+        assert (np.unique(rows["size_hw"][~rows["crop"], k]) == np.unique(sizes[~crops, k])).all()
+    # The window's place depends on its size, and its height not on its width.
+    cropped = rows[rows["crop"]]
+    first_choices = {tuple(x) for x in resized_hw(np.array([size] * 3), np.array([400, 500, 600]), None)}
+    assert {tuple(x) for x in cropped["first_hw"]} == first_choices
+    assert (cropped["window"][:, :2] + cropped["window"][:, 2:] <= cropped["first_hw"]).all()
+    for first in first_choices:
+        window = cropped["window"][(cropped["first_hw"] == first).all(-1)]
+        assert window[:, 2:].min(0).tolist() == [384, 384]
+        assert window[:, 2:].max(0).tolist() == [min(600, side) for side in first]
+        assert abs(np.corrcoef(window[:, 2], window[:, 3])[0, 1]) < 0.04
+
+
+def test_probabilities_at_their_ends():
+    for flip, crop in ((0.0, 1.0), (1.0, 0.0)):
+        settings = dataclasses.replace(PUBLISHED, flip_probability=flip, crop_probability=crop)
+        rows = train_plan(np.tile(SIZES, (9, 1)), settings, SHAPES, batch_size=3, seed=0, epoch=0).rows
+        assert (rows["flip"] == bool(flip)).all()
+        assert (rows["crop"] == bool(crop)).all()
+
+
+def test_windows_give_way_to_pictures_smaller_than_them():
+    settings = dataclasses.replace(PUBLISHED, crop_probability=1.0, crop_short_sides_px=(100,))
+    rows = train_plan(np.tile((50, 70), (500, 1)), settings, SHAPES, batch_size=5, seed=0, epoch=0).rows
+    assert (rows["first_hw"] == (100, 140)).all()
+    assert (rows["window"] == (0, 0, 100, 140)).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_batches_of_an_epoch(seed):
+    """Each batch fits its shape, no picture comes twice, and the number of batches is the same for every draw."""
+    sizes = np.tile(SIZES, (43, 1))
+    plan = train_plan(sizes, PUBLISHED, SHAPES, batch_size=8, seed=seed, epoch=2)
+    assert len(plan) == len(sizes) // 8 == 37
+    assert len(np.unique(plan.rows["index"])) == 37 * 8
+    assert (plan.rows["size_hw"] <= plan.shapes_hw[:, None]).all()
+    assert {tuple(shape) for shape in plan.shapes_hw} <= set(SHAPES)
+    # At most one batch of each shape holds pictures that a smaller shape would have held.
+    smallest = smallest_shape(plan.rows["size_hw"].reshape(-1, 2), SHAPES).reshape(37, 8, 2)
+    mixed = (smallest != plan.shapes_hw[:, None]).any((1, 2))
+    shapes, counts = np.unique(plan.shapes_hw[mixed], axis=0, return_counts=True)
+    assert mixed.any()
+    assert (counts <= len(shapes) + 1).all()
+    assert not (smallest[~mixed] != plan.shapes_hw[~mixed][:, None]).any()
+
+
+def test_left_out_pictures_change_with_the_epoch():
+    left_out = set()
+    for epoch in range(60):
+        plan = train_plan(SIZES, PUBLISHED, SHAPES, batch_size=5, seed=0, epoch=epoch)
+        left_out |= set(range(7)) - set(plan.rows["index"].ravel())
+    assert left_out == set(range(7))
+
+
+def test_plan_depends_on_seed_and_epoch_alone():
+    def plan(seed, epoch, batch_size=4):
+        return train_plan(np.tile(SIZES, (8, 1)), PUBLISHED, SHAPES, batch_size=batch_size, seed=seed, epoch=epoch)
+
+    assert plan(3, 5).rows.tobytes() == plan(3, 5).rows.tobytes()
+    assert plan(3, 5).shapes_hw.tobytes() == plan(3, 5).shapes_hw.tobytes()
+    assert len({p.rows.tobytes() for p in (plan(3, 5), plan(3, 6), plan(4, 5))}) == 3
+    # What happens to a picture does not depend on the batch it lands in.
+    rows = [np.sort(plan(3, 5, batch_size).rows.ravel(), order="index") for batch_size in (4, 7)]
+    assert rows[0].tobytes() == rows[1].tobytes()
+
+
+def test_hosts_get_contiguous_parts():
+    plan = train_plan(np.tile(SIZES, (4, 1)), PUBLISHED, SHAPES, batch_size=6, seed=0, epoch=0)
+    parts = [plan.rows_for(2, host, 3) for host in range(3)]
+    assert [len(part) for part in parts] == [2, 2, 2]
+    np.testing.assert_array_equal(np.concatenate(parts), plan.rows[2])
+
+
+def test_evaluation_holds_every_picture_once_in_order():
+    plan = eval_plan(SIZES, 800, 1333, SHAPES, batch_size=2)
+    assert [(tuple(s), r.tolist()) for s, r in zip(plan.shapes_hw, plan.rows["index"], strict=True)] == [
+        ((800, 1088), [0, 2]),
+        ((800, 1088), [4, -1]),
+        ((1088, 800), [6, -1]),
+        ((800, 1344), [3, 5]),
+        ((1344, 800), [1, -1]),
+    ]
+    rows = plan.rows[plan.rows["index"] >= 0]
+    assert not rows["flip"].any()
+    assert not rows["crop"].any()
+    expected = [_published_size(*SIZES[i], 800, 1333) for i in rows["index"]]
+    np.testing.assert_array_equal(rows["size_hw"], expected)
+
+
+def test_smallest_shape():
+    sizes = np.array([(800, 1066), (801, 700), (700, 1333), (900, 900)])
+    np.testing.assert_array_equal(smallest_shape(sizes, SHAPES), [SHAPES[0], SHAPES[1], SHAPES[2], SHAPES[4]])
+
+
+def test_redrawn_row_fits_and_repeats():
+    shape, seen = (512, 608), []
+    for index in range(40):
+        row = redraw_row((480, 640), PUBLISHED, shape, seed=1, epoch=2, index=index)
+        assert row["index"] == index
+        assert (row["size_hw"] <= shape).all()
+        assert row["size_hw"][1] == 608 or row["size_hw"][0] >= 480  # scaled down no further than needed
+        assert row == redraw_row((480, 640), PUBLISHED, shape, seed=1, epoch=2, index=index)
+        seen.append(tuple(row["window"]))
+    assert len(set(seen)) > 10  # about half of the 40 have a window, each another one
+
+
+def test_pictures_that_fit_no_shape_are_named():
+    too_small = ((800, 1088), (1088, 800), (1088, 1088))
+    no_crop = dataclasses.replace(PUBLISHED, crop_probability=0.0)
+    message = r"240 x 640 pixels \(height x width\) becomes 500 x 1333, .* none of the padded shapes \[\[800, 1088\]"
+    with pytest.raises(ValueError, match=message):
+        eval_plan(SIZES[5:], 800, 1333, too_small, batch_size=2)
+    with pytest.raises(ValueError, match="240 x 640 pixels"):
+        train_plan(SIZES[5:6], no_crop, too_small, batch_size=1, seed=0, epoch=0)
+
+
+def test_shapes_are_checked_before_the_first_epoch():
+    check_shapes(SIZES, PUBLISHED, SHAPES)
+    with pytest.raises(ValueError, match="becomes 800 x 1066"):
+        check_shapes(SIZES[:1], PUBLISHED, [(800, 1065)])
+    # Whole, a square picture needs 800 x 800, but the most elongated window of it 800 x 1250.
+    square = np.array([(600, 600)])
+    check_shapes(square, dataclasses.replace(PUBLISHED, crop_probability=0.0), [(800, 800)])
+    # A picture that is always cropped need not fit as a whole.
+    check_shapes(SIZES[5:6], dataclasses.replace(PUBLISHED, crop_probability=1.0), [(1250, 1250)])
+    with pytest.raises(ValueError, match=r"600 x 600 pixels .* becomes 800 x 1250"):
+        check_shapes(square, PUBLISHED, [(1344, 1240)])
+
+
+def test_one_shape_must_hold_all_others():
+    with pytest.raises(ValueError, match=r"no padded shape .* holds all the others.*add \(1088, 1344\)"):
+        check_shapes(SIZES, PUBLISHED, [(800, 1344), (1088, 800)])
+
+
+@pytest.mark.parametrize("shapes", [[], [800, 1344], [(800, 0)], [(800.0, 1344.0)], [(800, 1344, 3)]])
+def test_shapes_must_be_pairs_of_sizes(shapes):
+    with pytest.raises(ValueError, match="expected a list of"):
+        smallest_shape(SIZES, shapes)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("short_sides_px", ()),
+        ("crop_short_sides_px", (0,)),
+        ("flip_probability", 1.5),
+        ("crop_probability", -0.1),
+        ("long_side_max_px", 0),
+        ("crop_sides_px", (600, 384)),
+    ],
+)
+def test_settings_are_checked(field, value):
+    with pytest.raises(ValueError, match=rf"{field} is .*expected"):
+        dataclasses.replace(PUBLISHED, **{field: value})

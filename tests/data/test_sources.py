@@ -1,0 +1,321 @@
+import json
+import logging
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cdetr_jax.data.sources import BadPictureError, CocoFolder, SyntheticShapes, decode_rgb, open_picture
+from cdetr_jax.structs import Category
+
+# ------------------------------------------------------------------------------------------- annotation files
+
+
+def test_records_in_order_of_image_id_with_boxes_as_annotated(content, write):
+    source = CocoFolder(*write(content))
+    assert source.categories == (Category(2, "oak"), Category(700, "kite"))
+    assert [(r.image_id, r.file_name) for r in source.records] == [
+        (-3, "a.png"),
+        (11, "b.png"),
+        (90_000_000_007, "c.png"),
+    ]
+    crowd, two, none = source.records
+    np.testing.assert_array_equal(two.boxes_xywh_px, [[1, 2, 10.5, 20], [5, 6, 7, 8]])
+    np.testing.assert_array_equal(two.category_ids, [700, 2])
+    np.testing.assert_array_equal(two.is_crowd, [False, False])
+    np.testing.assert_array_equal(two.areas, [210, 9.5])  # width * height where no area is given
+    np.testing.assert_array_equal(crowd.is_crowd, [True])
+    assert two.boxes_xywh_px.dtype == np.float64
+    assert none.boxes_xywh_px.shape == (0, 4)
+    assert (source.load_image(0) == 20).all()  # the second picture that was written
+    assert (source.load_image(2) == 0).all()
+
+
+def test_records_without_annotations(content, write):
+    content["annotations"] = []
+    assert [len(r.areas) for r in CocoFolder(*write(content)).records] == [0, 0, 0]
+
+
+def test_missing_size_is_read_from_the_file(content, write):
+    del content["images"][1]["height"], content["images"][2]["width"]
+    assert {(r.height, r.width) for r in CocoFolder(*write(content)).records} == {(30, 40)}
+
+
+def test_missing_size_of_a_missing_file_names_both(content, write):
+    del content["images"][1]["height"]
+    folder, file = write(content)
+    (folder / "a.png").unlink()
+    with pytest.raises(BadPictureError, match=r"a\.png: .*no such file.*instances\.json: images\[1\] \(id -3"):
+        CocoFolder(folder, file)
+
+
+def test_boxes_without_area_are_kept_and_reported_once(content, write, caplog):
+    content["annotations"][0]["bbox"] = [5, 5, -3, 10]
+    content["annotations"] += [
+        {"id": 40, "image_id": -3, "category_id": 2, "bbox": [50, 5, 9, 9]},  # beyond the right border
+        {"id": 41, "image_id": -3, "category_id": 2, "bbox": [5, 5, 0, 9]},
+        {"id": 42, "image_id": -3, "category_id": 2, "bbox": [35, 5, 9, 9]},  # reaches out, has area
+        {"id": 43, "image_id": -3, "category_id": 2, "bbox": [5, 5, 0, 0], "iscrowd": 1},
+    ]
+    with caplog.at_level(logging.WARNING):
+        source = CocoFolder(*write(content))
+    assert len(source.records[0].boxes_xywh_px) == 5
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.search(
+        r"instances\.json: 3 of 7 boxes .* annotation 40 of a\.png \(40 x 30 pixels\): bbox \[50, 5, 9, 9\]", message
+    )
+
+
+def _edit(path, value):
+    """Returns a function that sets (or, with ..., deletes) what lies at a path of keys in the instances."""
+
+    def edit(content):
+        *parents, last = path
+        for key in parents:
+            content = content[key]
+        if value is ...:
+            del content[last]
+        else:
+            content[last] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["categories"], ..., "'categories' is missing, expected a list"),
+        (["images"], ..., "'images' is missing, expected a list"),
+        (["annotations"], ..., "'annotations' is missing, expected a list"),
+        (["annotations"], {}, "'annotations' is a dict, expected a list"),
+        (["annotations", 1], 3, r"annotations\[1\] is a int, expected an object"),
+        (["images", 1, "id"], 11, r"images\[1\] \(id 11, file_name a.png\) and images\[2\] .* have the same id"),
+        (["images", 1, "id"], "7", r"images\[1\] .*: field 'id' is \"7\", expected a whole number"),
+        (["images", 1, "id"], ..., r"images\[1\] \(file_name a.png\): field 'id' is missing"),
+        (["images", 0, "file_name"], None, "field 'file_name' is null, expected a text"),
+        (["images", 0, "height"], 30.5, r"file_name c.png\): field 'height' is 30.5, expected a whole number of pix"),
+        (["images", 0, "width"], 0, "field 'width' is 0, expected a whole number of pixels"),
+        (["categories", 1, "id"], 700, r"categories\[0\] .* and categories\[1\] .* have the same id"),
+        (["categories", 1, "name"], 5, "field 'name' is 5, expected a text"),
+        (
+            ["annotations", 2, "image_id"],
+            12,
+            r"annotations\[2\] \(id 3\): field 'image_id' is 12, expected the id of o",
+        ),
+        (["annotations", 2, "category_id"], 3, r"\(id 3\): field 'category_id' is 3, expected the id of a category"),
+        (["annotations", 2, "category_id"], 2**70, "expected the id of a category"),
+        (["annotations", 0, "bbox"], ..., r"\(id 1\): field 'bbox' is missing, expected 4 finite numbers"),
+        (["annotations", 0, "bbox"], [1, 2, 3], r"field 'bbox' is \[1, 2, 3\], expected 4 finite numbers"),
+        (["annotations", 0, "bbox"], [1, 2, 3, float("nan")], r"field 'bbox' is \[1, 2, 3, NaN\], expected 4 finite"),
+        (["annotations", 0, "bbox"], [1, 2, 3, float("inf")], "expected 4 finite numbers"),
+        (["annotations", 0, "bbox"], [1, 2, 3, "4"], "expected 4 finite numbers"),
+        (["annotations", 0, "iscrowd"], 2, "field 'iscrowd' is 2, expected 0 or 1"),
+        (["annotations", 0, "area"], "big", "field 'area' is \"big\", expected a number"),
+    ],
+)
+def test_wrong_entries_are_named(content, write, path, value, message):
+    arguments = write(content)
+    _edit(path, value)(content)
+    arguments[1].write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"instances\.json: .*" + message):
+        CocoFolder(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"images": [', "not valid JSON .*complete"), ("[]", "the top level is a list"), ("\x00", "not valid JSON")],
+)
+def test_wrong_files_are_named(write, text, message):
+    with pytest.raises(ValueError, match=r"instances\.json: " + message):
+        CocoFolder(*write(text))
+
+
+def test_missing_folder_and_missing_file(content, write, tmp_path):
+    folder, file = write(content)
+    with pytest.raises(FileNotFoundError, match=r"elsewhere: no such folder of pictures; .*instances\.json"):
+        CocoFolder(tmp_path / "elsewhere", file)
+    with pytest.raises(FileNotFoundError, match=r"other\.json: no such annotation file"):
+        CocoFolder(folder, tmp_path / "other.json")
+
+
+# ---------------------------------------------------------------------------------------------- picture files
+
+
+def test_decode_gray_and_16_bit():
+    gray = np.array([[0, 7, 255]], np.uint8)
+    np.testing.assert_array_equal(decode_rgb(Image.fromarray(gray)), np.repeat(gray[..., None], 3, -1))
+    deep = np.array([[0, 255, 256, 40_000, 65_535]], np.uint16)
+    expected = np.repeat(np.array([[[0], [0], [1], [156], [255]]], np.uint8), 3, -1)
+    np.testing.assert_array_equal(decode_rgb(Image.fromarray(deep)), expected)
+    np.testing.assert_array_equal(decode_rgb(Image.fromarray(deep.astype(np.int32))), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "CMYK", "YCbCr", "I", "I;16"])
+def test_decode_gives_three_uint8_channels_in_every_mode(mode):
+    pixels = decode_rgb(Image.new(mode, (5, 3)))
+    assert (pixels.shape, pixels.dtype) == ((3, 5, 3), np.uint8)
+    assert pixels.flags.writeable
+
+
+def test_decode_drops_alpha_and_resolves_palettes():
+    rgba = np.array([[[10, 20, 30, 0], [40, 50, 60, 128]]], np.uint8)
+    np.testing.assert_array_equal(decode_rgb(Image.fromarray(rgba)), rgba[..., :3])
+    palette = Image.new("P", (1, 1), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    palette.info["transparency"] = b"\x00\x80"
+    np.testing.assert_array_equal(decode_rgb(palette), [[[200, 100, 50]]])
+
+
+def test_decode_refuses_floats():
+    with pytest.raises(ValueError, match="floating-point"):
+        decode_rgb(Image.new("F", (2, 2)))
+
+
+def test_files_of_other_kinds(content, write):
+    folder, file = write(content)
+    deep = np.full((30, 40), 40_000, np.uint16)
+    Image.fromarray(deep).save(folder / "a.png")
+    Image.new("CMYK", (40, 30), (0, 255, 255, 0)).save(folder / "b.png", "JPEG")  # pure red ink
+    Image.new("L", (40, 30), 90).save(folder / "c.png")
+    source = CocoFolder(folder, file)
+    assert (source.load_image(0) == 156).all()
+    np.testing.assert_allclose(source.load_image(1)[15, 20], [254, 0, 0], atol=3)  # JPEG is lossy
+    assert (source.load_image(2) == 90).all()
+
+
+def _save_turned(path, pixels):
+    """Stores [H, W] pixels so that EXIF orientation 6, a quarter turn clockwise to be shown, gives them back."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pixels)).save(path, exif=exif)
+
+
+def test_exif_turn_follows_the_annotated_size(content, write):
+    folder, file = write(content)
+    upright = np.zeros((30, 40), np.uint8)
+    upright[:10, :10] = 200
+    _save_turned(folder / "a.png", upright)  # stored 40 x 30, shown as annotated
+    _save_turned(folder / "b.png", np.rot90(upright))  # stored as annotated
+    source = CocoFolder(folder, file)
+    np.testing.assert_array_equal(source.load_image(0)[..., 0], upright)
+    np.testing.assert_array_equal(source.load_image(1)[..., 0], np.rot90(upright, 2))
+    np.testing.assert_array_equal(open_picture(folder / "b.png")[..., 0], np.rot90(upright))
+
+
+def test_other_size_than_annotated(content, write):
+    folder, file = write(content)
+    Image.new("RGB", (40, 31)).save(folder / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png: the picture is 40 x 31 pixels .*annotated as 40 x 30") as caught:
+        CocoFolder(folder, file).load_image(1)
+    assert not isinstance(caught.value, BadPictureError)  # a damaged picture may be skipped, a wrong annotation not
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # it is an error here, with or without it
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("missing", "no such file"),
+        ("text", "cannot identify image file"),
+        ("empty", "cannot identify image file"),
+        ("truncated", "truncated"),
+        ("bomb", "40 x 30 pixels are more than PIL.Image.MAX_IMAGE_PIXELS"),
+        ("worse bomb", "exceeds limit"),
+    ],
+)
+def test_bad_pictures_are_named(content, write, monkeypatch, name, cause):
+    folder, file = write(content)
+    path = folder / "b.png"
+    if name == "missing":
+        path.unlink()
+    elif name == "text":
+        path.write_text("not a picture")
+    elif name == "truncated":
+        Image.effect_noise((40, 30), 50).save(path)
+        path.write_bytes(path.read_bytes()[:700])
+    elif name == "empty":
+        path.write_bytes(b"")
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", {"bomb": 40 * 30 - 1, "worse bomb": 40 * 30 // 2 - 1}[name])
+    with pytest.raises(
+        BadPictureError, match=re.escape(str(path)) + r': cannot read .*config\.data\.on_error = "skip"'
+    ):
+        CocoFolder(folder, file).load_image(1)
+    message = rf"{re.escape(str(path))}: cannot read this picture \(.*{cause}"
+    with pytest.raises(BadPictureError, match=message + r'.*config\.data\.on_error = "skip"'):
+        CocoFolder(folder, file).load_image(1)
+    with pytest.raises(BadPictureError, match=message):
+        open_picture(path)
+
+
+# -------------------------------------------------------------------------------------------- synthetic shapes
+
+
+def _shapes(seed=5, size=40, height=96, width=128, max_objects=5):
+    return SyntheticShapes(seed=seed, size=size, height=height, width=width, max_objects=max_objects)
+
+
+def test_synthetic_depends_on_seed_and_index_alone():
+    long, short = _shapes(size=40), _shapes(size=7)
+    for i in (6, 0):  # in another order, too
+        np.testing.assert_array_equal(short.load_image(i), long.load_image(i))
+        np.testing.assert_array_equal(short.records[i].boxes_xywh_px, long.records[i].boxes_xywh_px)
+    assert not np.array_equal(long.load_image(0), long.load_image(1))
+
+
+def test_synthetic_seeds_share_no_picture():
+    boxes = [tuple(record.boxes_xywh_px.ravel()) for seed in (0, 1) for record in _shapes(seed).records]
+    assert len(set(boxes)) == 80
+
+
+def test_synthetic_records():
+    source = _shapes(size=300)
+    counts = np.bincount([len(record.areas) for record in source.records], minlength=6)
+    assert counts[0] == 0
+    assert (counts[1:] > 20).all()
+    ids = np.bincount(np.concatenate([record.category_ids for record in source.records]))
+    assert {c.id for c in source.categories} == set(np.flatnonzero(ids)) == {1, 2, 3, 5, 8}
+    for record in source.records:
+        x, y, w, h = record.boxes_xywh_px.T
+        assert (x >= 0).all() and (y >= 0).all() and (x + w <= 128).all() and (y + h <= 96).all()  # noqa: PT018
+        longer = np.maximum(w, h) / 96
+        assert (longer > 0.119).all()
+        assert (longer < 0.501).all()
+
+
+def test_synthetic_boxes_are_tight_to_what_is_drawn():
+    """A picture with one object against one where that object is all background: found by its flat, distinct colour."""
+    source = _shapes(size=120, max_objects=1)
+    for i, record in enumerate(source.records):
+        pixels = source.load_image(i).astype(int)
+        x, y, w, h = record.boxes_xywh_px[0]
+        if record.category_ids[0] == 8:  # the colour of a ring is not found at its centre
+            cy, cx = y + h / 2, x + w * 0.125
+        elif record.category_ids[0] == 3:
+            cy, cx = y + h * 0.6, x + w / 2
+        else:
+            cy, cx = y + h / 2, x + w / 2
+        near = pixels[int(cy) - 1 : int(cy) + 2, int(cx) - 1 : int(cx) + 2].mean((0, 1))
+        similar = np.abs(pixels - near).max(-1) < 30  # the noise is at most 12 either way
+        around = np.zeros_like(similar)
+        top, left = max(int(y) - 4, 0), max(int(x) - 4, 0)
+        around[top : int(y + h) + 5, left : int(x + w) + 5] = True
+        rows, columns = np.nonzero(similar & around)
+        drawn = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        # A pixel more or less at a side, and another at a corner, which covers little of its pixel.
+        np.testing.assert_allclose(drawn, [x, y, x + w, y + h], atol=2, err_msg=record.file_name)
+
+
+def test_synthetic_objects_stay_visible():
+    for record in _shapes(size=200, max_objects=6).records:
+        x, y, w, h = record.boxes_xywh_px.T
+        for k in range(len(x)):
+            across = (np.minimum(x + w, x[k] + w[k]) - np.maximum(x, x[k])).clip(0)
+            down = (np.minimum(y + h, y[k] + h[k]) - np.maximum(y, y[k])).clip(0)
+            assert (across * down)[k + 1 :].sum() <= 0.3 * w[k] * h[k] + 1e-9
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"size": 0}, {"max_objects": 0}, {"height": 20}])
+def test_synthetic_settings_are_checked(wrong):
+    with pytest.raises(ValueError, match="expected a seed of at least 0"):
+        _shapes(**wrong)
