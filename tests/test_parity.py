@@ -195,12 +195,12 @@ def test_identical_detections(case, stages):
         # The published DETR code leaves its detections in the order of the queries.
         order = np.argsort(-scores, kind="stable") if case.is_detr else np.arange(len(scores))
         scores, labels, boxes = scores[order], labels[order], boxes[order]
-        np.testing.assert_array_equal(found.labels[image], labels)
-        assert_close(np.asarray(found.scores[image]), scores, 1e-6)
-        # The formula's weights give neighbours whose scores differ in the last bit of a float32 only: those may swap.
+        assert_close(np.asarray(found.scores[image]), scores, FORWARD)
+        # The formula's weights give neighbours whose scores differ in a float32's last bits only: those may swap.
         for row, box in enumerate(boxes):
-            twins = (np.abs(scores - scores[row]) <= 1e-6 * scores[row]) & (labels == labels[row])
-            error = np.abs(np.asarray(found.boxes_xyxy_px[image])[twins] - box).max(-1).min()
+            twins = np.abs(scores - scores[row]) <= 5e-6 * scores[row]
+            same = twins & (np.asarray(found.labels[image]) == labels[row])
+            error = np.abs(np.asarray(found.boxes_xyxy_px[image]) - box).max(-1)[same].min(initial=np.inf)
             assert error <= FORWARD * np.abs(boxes).max() or twins[-1], f"detection {row}"
 
 
