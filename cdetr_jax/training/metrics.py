@@ -114,6 +114,10 @@ class IntervalTimer:
         finally:
             self._seconds[name] += monotonic() - start
 
+    def add(self, name: str, seconds: float) -> None:
+        """Counts time that was measured elsewhere for this part."""
+        self._seconds[name] += seconds
+
     def report(self, images: int) -> dict[str, float]:
         """Ends the interval, in which so many images were trained on, and starts the next.
 

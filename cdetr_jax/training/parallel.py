@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from cdetr_jax.losses.criterion import Counts, Losses
-from cdetr_jax.matching.assign import assign
+from cdetr_jax.matching.assign import NonFiniteCostError, assign
 from cdetr_jax.structs import Batch, Detections, Match
 from cdetr_jax.training.step import AXIS, StepFunctions, TrainState
 
@@ -25,7 +25,7 @@ class Trainer:
 
     Attributes:
       devices: this host's devices that take part.
-      matching_s: seconds spent on the host in the assignment, since the caller last set it to 0.
+      matching_s: seconds spent in the assignment on the host, since the caller last set it to 0.
     """
 
     def __init__(self, functions: StepFunctions, devices: Sequence[jax.Device] | None = None):
@@ -63,30 +63,44 @@ class Trainer:
     def step(self, state: TrainState, parts: list[Batch]) -> tuple[TrainState, Losses, Array]:
         """One optimiser step over this host's micro-batches, one after the other.
 
-        Returns: the new replicated state, the losses (each device's share, summed over the parts) and the gradient
-          norm, per local device.
-        Raises: NonFiniteCostError, if the predictions are not finite.
+        Returns: the new replicated state, the losses over everything that the step saw and the gradient norm before
+          clipping, both once per device.
+        Raises: NonFiniteCostError, with the row of the concatenated parts, if the predictions are not finite.
         """
         parts = [self.shard(part) for part in parts]
         counts = self.counts(parts)
         grads = losses = None
         for i, part in enumerate(parts):
             cost, predictions, pullback = self.forward(state, part, i)
-            match = self.match(cost, part)
+            match = self.match(cost, part, i)
             part_grads, part_losses = self.backward(predictions, pullback, part.targets, match, counts)
             del predictions, pullback
             grads = part_grads if grads is None else self._add(grads, part_grads)
             losses = part_losses if losses is None else jax.tree.map(jnp.add, losses, part_losses)
+        if len(parts) > 1:
+            # The loss terms are divided by what the whole step saw, so they add up; the errors are means over parts.
+            losses = losses.replace(
+                class_error=losses.class_error / len(parts), cardinality_error=losses.cardinality_error / len(parts)
+            )
         state, grad_norm = self.apply(state, grads)
         return state, losses, grad_norm
 
-    def match(self, cost: Array, batch: Batch) -> Match:
-        """Assigns on the host. `cost` and `batch` are sharded; so is what comes back."""
-        cost = np.asarray(cost)
+    def match(self, cost: Array, batch: Batch, part: int = 0) -> Match:
+        """Assigns on the host. `cost` and `batch` are sharded; so is what comes back.
+
+        Raises: NonFiniteCostError; `part` counts the batches of this size before, to name the row.
+        """
+        cost, valid = np.asarray(cost), np.asarray(batch.targets.valid)
         start = time.perf_counter()
-        queries = np.stack([assign(c, v) for c, v in zip(cost, np.asarray(batch.targets.valid), strict=True)])
+        queries = []
+        for device, (device_cost, device_valid) in enumerate(zip(cost, valid, strict=True)):
+            try:
+                queries.append(assign(device_cost, device_valid))
+            except NonFiniteCostError as error:
+                rows = part * valid.shape[0] * valid.shape[1] + device * valid.shape[1]
+                raise NonFiniteCostError(error.layer, rows + error.image) from None
         self.matching_s += time.perf_counter() - start
-        return Match(queries=queries)
+        return Match(queries=np.stack(queries))
 
     def counts(self, parts: list[Batch]) -> Counts:
         """What the losses are divided by, per local device, over all (sharded) parts."""

@@ -111,7 +111,7 @@ class StepFunctions:
         match: Match,
         counts: Counts,
     ) -> tuple[Any, Losses]:
-        """This device's gradients and losses of one micro-batch; their mean over devices is the step's.
+        """This device's gradients of one micro-batch, and the losses of all devices.
 
         Args:
           counts: of all micro-batches of this optimiser step on this device.
@@ -124,7 +124,7 @@ class StepFunctions:
 
         cotangents, losses = jax.grad(total, has_aux=True)(predictions)
         (grads,) = pullback(cotangents)
-        return grads, losses
+        return grads, jax.lax.pmean(losses, AXIS)
 
     def apply(self, state: TrainState, grads: Any) -> tuple[TrainState, Float[Array, ""]]:
         """One optimiser step. Returns the new state and the gradient's global norm before clipping."""

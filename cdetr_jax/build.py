@@ -1,0 +1,259 @@
+"""The one place that turns a config into objects, and checks its fields against each other."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+
+from cdetr_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
+from cdetr_jax.data.plan import Augmentation
+from cdetr_jax.data.sources import CocoFolder, Source, SyntheticShapes
+from cdetr_jax.models.detector import Detector
+from cdetr_jax.models.resnet import NORMS, STAGE_SIZES, frozen_modules
+from cdetr_jax.models.transformer import REFERENCE_POINTS, SPATIAL_QUERIES, TRANSFORMATIONS
+from cdetr_jax.structs import Category
+from cdetr_jax.training.optimizer import make_optimizer, step_schedule
+from cdetr_jax.training.step import StepFunctions
+
+ClassTable = tuple[Category | None, ...]  # what each logit stands for; None: nothing
+
+CHOICES = {
+    "model.decoder": ("conditional", "detr"),
+    "model.backbone": tuple(STAGE_SIZES),
+    "model.backbone_norm": tuple(NORMS),
+    "model.class_loss": ("focal", "softmax"),
+    "model.reference_point": REFERENCE_POINTS,
+    "model.spatial_query": SPATIAL_QUERIES,
+    "model.transformation": TRANSFORMATIONS,
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "data.source": ("coco_folder", "synthetic"),
+    "data.class_ids": ("category_id", "contiguous"),
+}
+
+AT_LEAST_ONE = (
+    "model.backbone_width",
+    "model.width",
+    "model.num_heads",
+    "model.ffn_width",
+    "model.decoder_layers",
+    "model.num_queries",
+    "train.batch_size",
+    "train.accumulation_steps",
+    "train.num_epochs",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "eval.batch_size",
+    "eval.top_k",
+)
+
+
+def check_config(config: ml_collections.ConfigDict, device_count: int) -> None:
+    """Checks what can be checked without data.
+
+    Raises: ValueError, naming the field, what it holds and what was expected.
+    """
+    for field, choices in CHOICES.items():
+        value = _get(config, field)
+        if value not in choices:
+            raise ValueError(f"config.{field} is {value!r}, expected one of {', '.join(choices)}")
+    for field in AT_LEAST_ONE:
+        if _get(config, field) < 1:
+            raise ValueError(f"config.{field} is {_get(config, field)}, expected at least 1")
+    model, train = config.model, config.train
+    if model.width % model.num_heads or model.width % 4:
+        raise ValueError(
+            f"config.model.width is {model.width}; it must be a multiple of 4 (sine and cosine of x and y) and of "
+            f"config.model.num_heads, {model.num_heads}"
+        )
+    if not 0 <= model.frozen_stages <= 5:
+        raise ValueError(f"config.model.frozen_stages is {model.frozen_stages}, expected 0 to 5")
+    if not 0 <= model.dropout < 1:
+        raise ValueError(f"config.model.dropout is {model.dropout}, expected a number from 0 up to 1")
+    if not 0 <= config.optimizer.ema_decay < 1:
+        raise ValueError(f"config.optimizer.ema_decay is {config.optimizer.ema_decay}, expected 0, or up to 1")
+    if config.matcher.class_cost == config.matcher.l1_cost == config.matcher.giou_cost == 0:
+        raise ValueError("all three costs of config.matcher are 0: any assignment would do; set at least one")
+    parts = train.accumulation_steps * device_count
+    if train.batch_size % parts:
+        below, above = train.batch_size // parts * parts, (train.batch_size // parts + 1) * parts
+        advice = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"config.train.batch_size {train.batch_size} is not divisible by {device_count} devices times "
+            f"config.train.accumulation_steps {train.accumulation_steps}; use {advice}"
+        )
+    if config.eval.batch_size % device_count:
+        above = (config.eval.batch_size // device_count + 1) * device_count
+        raise ValueError(
+            f"config.eval.batch_size {config.eval.batch_size} is not divisible by {device_count} devices; use {above}"
+        )
+
+
+def _get(config: ml_collections.ConfigDict, field: str) -> Any:
+    group, name = field.split(".")
+    return config[group][name]
+
+
+def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
+    """The source of a split, `train` or `eval`.
+
+    Raises: ValueError, FileNotFoundError, if its fields are empty or the files are not right.
+    """
+    data = config.data
+    if data.source == "synthetic":
+        # Seeds of the two sets must never meet, whatever the run's seed.
+        seed = 2 * config.seed + (split == "eval")
+        size = data.synthetic.train_pictures if split == "train" else data.synthetic.eval_pictures
+        shapes = data.synthetic
+        return SyntheticShapes(
+            seed=seed, size=size, height=shapes.height, width=shapes.width, max_objects=shapes.max_objects
+        )
+    images, annotations = data[f"{split}_images"], data[f"{split}_annotations"]
+    if not images or not annotations:
+        raise ValueError(
+            f"config.data.{split}_images and config.data.{split}_annotations must name a folder of pictures and its "
+            f"instances JSON; they are {images!r} and {annotations!r}: add --config.data.{split}_images=... "
+            f"--config.data.{split}_annotations=..."
+        )
+    return CocoFolder(images, annotations)
+
+
+def class_table(categories: Sequence[Category], class_ids: str, num_classes: int) -> ClassTable:
+    """What each class logit stands for.
+
+    Args:
+      categories: of the data set.
+      class_ids: `category_id`: the logit's index is the category's id, as published; `contiguous`: its rank.
+      num_classes: logits; 0: as many as needed.
+    Raises: ValueError, if they do not fit.
+    """
+    if class_ids == "contiguous":
+        table = dict(enumerate(sorted(categories, key=lambda category: category.id)))
+    else:
+        table = {category.id: category for category in categories}
+        if min(table) < 0:
+            raise ValueError(f'category id {min(table)} cannot be a logit; use --config.data.class_ids="contiguous"')
+    needed = max(table) + 1
+    if num_classes and needed > num_classes:
+        raise ValueError(
+            f"the data set needs {needed} class logits (config.data.class_ids={class_ids!r}), but "
+            f"config.model.num_classes is {num_classes}; set it to {needed}, or to 0 to have it counted"
+            + ("" if class_ids == "contiguous" else ", or use --config.data.class_ids=contiguous")
+        )
+    if needed > 10_000:
+        raise ValueError(f"category ids go up to {needed - 1}; use --config.data.class_ids=contiguous")
+    return tuple(table.get(i) for i in range(num_classes or needed))
+
+
+def label_of(classes: ClassTable) -> dict[int, int]:
+    """The logit index of each category id."""
+    return {category.id: logit for logit, category in enumerate(classes) if category is not None}
+
+
+def make_model(config: ml_collections.ConfigDict, num_classes: int) -> Detector:
+    """The detector, with so many class logits (`config.model.num_classes` may leave it to the data)."""
+    fields = config.model.to_dict()
+    dtype = jnp.dtype(fields.pop("compute_dtype"))
+    return Detector(**(fields | {"num_classes": num_classes}), dtype=dtype)
+
+
+class Schedules(NamedTuple):
+    """Learning rates over optimiser steps."""
+
+    lr: Any
+    backbone_lr: Any
+
+
+def make_schedules(config: ml_collections.ConfigDict, steps_per_epoch: int) -> Schedules:
+    """Both learning rates' schedules."""
+    optimizer = config.optimizer
+    shape = {
+        "warmup_steps": optimizer.warmup_steps,
+        "drop_step": optimizer.drop_epoch * steps_per_epoch,
+        "drop_factor": optimizer.drop_factor,
+    }
+    return Schedules(step_schedule(optimizer.lr, **shape), step_schedule(optimizer.backbone_lr, **shape))
+
+
+def make_step_functions(config: ml_collections.ConfigDict, num_classes: int, schedules: Schedules) -> StepFunctions:
+    """Model, optimiser and losses of a config, as the pure functions of a step."""
+    model, loss = config.model, config.loss
+    focal = {"focal_alpha": loss.focal_alpha, "focal_gamma": loss.focal_gamma, "class_loss": model.class_loss}
+    return StepFunctions(
+        model=make_model(config, num_classes),
+        optimizer=make_optimizer(
+            lr=schedules.lr,
+            backbone_lr=schedules.backbone_lr,
+            weight_decay=config.optimizer.weight_decay,
+            clip_norm=config.optimizer.clip_norm,
+            frozen_modules=frozen_modules(model.backbone, model.frozen_stages),
+        ),
+        cost_settings=config.matcher.to_dict() | focal,
+        loss_settings={
+            "class_weight": loss.class_weight,
+            "l1_weight": loss.l1_weight,
+            "giou_weight": loss.giou_weight,
+            "no_object_weight": loss.no_object_weight,
+        }
+        | focal,
+        ema_decay=config.optimizer.ema_decay,
+        top_k=config.eval.top_k,
+    )
+
+
+def _reading(config: ml_collections.ConfigDict, max_targets: int, host: tuple[int, int]) -> Reading:
+    data = config.data
+    return Reading(
+        workers=data.workers,
+        max_targets=max_targets,
+        on_error=data.on_error,
+        max_bad_fraction=data.max_bad_fraction,
+        host_index=host[0],
+        host_count=host[1],
+    )
+
+
+def make_train_batches(
+    config: ml_collections.ConfigDict,
+    source: Source,
+    classes: ClassTable,
+    start: tuple[int, int],
+    host: tuple[int, int] = (0, 1),
+) -> Batches:
+    """Augmented batches from a position (epoch, batch) on, for a host (index, count)."""
+    data = config.data
+    augmentation = Augmentation(
+        short_sides_px=data.short_sides_px,
+        long_side_max_px=data.long_side_max_px,
+        flip_probability=data.flip_probability,
+        crop_probability=data.crop_probability,
+        crop_short_sides_px=data.crop_short_sides_px,
+        crop_sides_px=data.crop_sides_px,
+    )
+    return train_batches(
+        source,
+        label_of(classes),
+        augmentation,
+        data.train_shapes,
+        _reading(config, data.max_targets, host),
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        start=start,
+    )
+
+
+def make_eval_batches(
+    config: ml_collections.ConfigDict, source: Source, classes: ClassTable, host: tuple[int, int] = (0, 1)
+) -> Batches:
+    """Every picture once, resized as published, for a host (index, count)."""
+    data = config.data
+    return eval_batches(
+        source,
+        label_of(classes),
+        data.eval_shapes,
+        _reading(config, 0, host),
+        short_side_px=data.eval_short_side_px,
+        long_side_max_px=data.long_side_max_px,
+        batch_size=config.eval.batch_size,
+    )

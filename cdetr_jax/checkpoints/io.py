@@ -1,0 +1,134 @@
+"""Save, restore and keep the last n and the best of the whole training state, through Orbax."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `workdir/checkpoints`. Saving goes on in the background; close it at the end.
+
+    A checkpoint appears under its name only when it is whole, so that a process killed while saving leaves the one
+    before as the latest.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
+        """Opens the folder. `keep`: how many of the latest to keep, beside the best by AP."""
+        self.directory = Path(workdir).resolve() / "checkpoints"
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep),
+                checkpoint_managers.BestN(
+                    get_metric_fn=_average_precision, n=1, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        if read_only and not self.directory.is_dir():
+            raise FileNotFoundError(f"{workdir} holds no checkpoints; `cdetr train --workdir={workdir}` makes them")
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=None if read_only else policy,
+                best_fn=_average_precision,
+                keep_checkpoints_without_metrics=True,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+            ),
+            item_names=("state", "position"),
+        )
+
+    def save(self, step: int, state: Any, position: dict[str, int], metrics: dict[str, float] | None = None) -> None:
+        """Starts saving; `metrics` with an "AP" take part in the choice of the best.
+
+        Args:
+          step: optimiser steps taken.
+          state: pytree of arrays, not replicated.
+          position: what the data iterator needs to go on.
+        Raises: OSError, if this or the save before could not be written (a full disk); what was saved before stays.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+        try:
+            self._manager.save(step, args=args, metrics=metrics, force=True)
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def latest_step(self) -> int | None:
+        """The newest checkpoint's step; None if there is none."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step of the checkpoint with the highest AP; the newest one if none was evaluated."""
+        return self._manager.best_step() or self.latest_step()
+
+    def restore(self, step: int, template: Any) -> tuple[Any, dict[str, int]]:
+        """Reads a checkpoint.
+
+        Args:
+          step: which.
+          template: the state's `jax.eval_shape`.
+        Returns: the state as NumPy arrays, and the position.
+        Raises: ValueError, if it holds other names or shapes, with what is missing, unused and mis-shaped.
+        """
+        saved = {_name(path): leaf.shape for path, leaf in _leaves(self._manager.item_metadata(step)["state"])}
+        expected = {_name(path): leaf.shape for path, leaf in _leaves(template)}
+        if saved != expected:
+            missing = sorted(expected.keys() - saved.keys())
+            unused = sorted(saved.keys() - expected.keys())
+            misshapen = [
+                f"{name} {tuple(saved[name])}, expected {tuple(expected[name])}"
+                for name in sorted(expected.keys() & saved.keys())
+                if tuple(saved[name]) != tuple(expected[name])
+            ]
+            if missing or unused or misshapen:
+                raise ValueError(
+                    f"checkpoint {step} in {self.directory} does not fit the config's model and optimizer: "
+                    f"missing {_some(missing)}, unused {_some(unused)}, mis-shaped {_some(misshapen)}; "
+                    "use the config of that run, or another workdir"
+                )
+        arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), template)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(arrays), position=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+        return restored["state"], restored["position"]
+
+    def close(self) -> None:
+        """Waits for what is being saved.
+
+        Raises: OSError, as `save`.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise self._write_error(error) from error
+        finally:
+            self._manager.close()
+
+    def _write_error(self, error: OSError) -> OSError:
+        return OSError(
+            error.errno,
+            f"could not write a checkpoint to {self.directory}: {error}; the earlier ones are whole: free some space "
+            "and run the same command again to go on",
+        )
+
+
+def _average_precision(metrics: dict[str, float]) -> float:
+    return metrics["AP"]
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if hasattr(leaf, "shape")]
+
+
+def _name(path: Any) -> str:
+    """One name for a leaf, whether the tree is made of dataclasses and tuples or of Orbax's dicts."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

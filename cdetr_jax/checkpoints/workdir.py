@@ -1,0 +1,55 @@
+"""What a workdir says of its run beside the checkpoints: the config and what each class logit stands for."""
+
+import json
+import os
+from pathlib import Path
+
+import ml_collections
+
+from cdetr_jax.structs import Category
+
+CONFIG, CLASSES = "config.json", "classes.json"
+
+
+def save_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
+    """Writes `workdir/config.json`."""
+    _write(Path(workdir) / CONFIG, json.dumps(config.to_dict(), indent=2))
+
+
+def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+    """Reads `workdir/config.json`, locked.
+
+    Raises: FileNotFoundError, if the folder is not a run's.
+    """
+    return ml_collections.ConfigDict(json.loads(_read(workdir, CONFIG))).lock()
+
+
+def save_classes(workdir: str | os.PathLike, classes: tuple[Category | None, ...]) -> None:
+    """Writes `workdir/classes.json`: one entry a logit, null where it stands for nothing."""
+    table = [category and {"id": category.id, "name": category.name} for category in classes]
+    _write(Path(workdir) / CLASSES, json.dumps(table, indent=1, ensure_ascii=False))
+
+
+def load_classes(workdir: str | os.PathLike) -> tuple[Category | None, ...]:
+    """Reads `workdir/classes.json`.
+
+    Raises: FileNotFoundError, if the folder is not a run's.
+    """
+    return tuple(entry and Category(**entry) for entry in json.loads(_read(workdir, CLASSES)))
+
+
+def _read(workdir: str | os.PathLike, name: str) -> str:
+    path = Path(workdir) / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: {workdir} is not the workdir of a run; train one with `cdetr train`"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, also if the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,329 @@
+"""A training run and an evaluation, read top to bottom."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from jax.experimental import multihost_utils
+
+from cdetr_jax import build
+from cdetr_jax.checkpoints import workdir as run_files
+from cdetr_jax.checkpoints.io import Checkpoints
+from cdetr_jax.data.sources import Source
+from cdetr_jax.evaluation.coco_eval import CocoMetrics, coco_average_precision
+from cdetr_jax.losses.criterion import Losses
+from cdetr_jax.matching.assign import NonFiniteCostError
+from cdetr_jax.structs import Batch
+from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
+from cdetr_jax.training.parallel import Trainer, first
+from cdetr_jax.training.step import TrainState
+
+# Fields that may change between the start of a run and its resumption: they do not touch the weights.
+FREE_GROUPS = ("eval",)
+FREE_FIELDS = (
+    "data.workers",
+    "data.eval_images",
+    "data.eval_annotations",
+    "data.train_images",
+    "data.train_annotations",
+    "data.on_error",
+    "data.max_bad_fraction",
+    "train.num_epochs",
+    "train.max_steps",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+)
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss term, or the gradient, is NaN or infinite."""
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, float] | None:
+    """Trains from the newest checkpoint in `workdir`, or from the start, to the end of the config's epochs.
+
+    Killed at any moment and called again it goes on from the last checkpoint and ends with the weights that it would
+    have had.
+    Returns: the last evaluation's 12 COCO numbers; None if none was asked for.
+    Raises: ValueError, if a field or the data are wrong, or the workdir holds another run; NonFiniteLossError;
+      OSError, if a checkpoint cannot be written.
+    """
+    build.check_config(config, jax.local_device_count() * jax.process_count())
+    host = (jax.process_index(), jax.process_count())
+    source = build.make_source(config, "train")
+    evaluates = config.eval.every_epochs > 0
+    eval_source = build.make_source(config, "eval") if evaluates else None
+    classes = build.class_table(source.categories, config.data.class_ids, config.model.num_classes)
+    _check_same_run(config, workdir)
+
+    steps_per_epoch = len(source) // config.train.batch_size
+    schedules = build.make_schedules(config, steps_per_epoch)
+    functions = build.make_step_functions(config, len(classes), schedules)
+    trainer = Trainer(functions)
+    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
+    state, start_step = _initial_state(config, functions, checkpoints, steps_per_epoch)
+    batches = build.make_train_batches(config, source, classes, divmod(start_step, steps_per_epoch), host)
+
+    total_steps = config.train.num_epochs * steps_per_epoch
+    if config.train.max_steps is not None:
+        total_steps = min(total_steps, config.train.max_steps)
+    is_first_host = host[0] == 0
+    if is_first_host:
+        run_files.save_config(workdir, config)
+        run_files.save_classes(workdir, classes)
+        if start_step == 0:
+            logging.info(
+                "Parameters:\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            )
+    writer = make_writer(workdir) if is_first_host else None
+    if writer:
+        writer.truncate_after(start_step)
+    if start_step >= total_steps:
+        logging.info("The run in %s is complete: %d steps of %d.", workdir, start_step, total_steps)
+    progress = Progress(total_steps, steps_per_epoch, start_step) if is_first_host else None
+    logging.info(
+        "%d pictures, %d steps an epoch, %d steps in all, on %d device(s) of %d host(s)",
+        len(source), steps_per_epoch, total_steps, len(trainer.devices), host[1],
+    )  # fmt: skip
+
+    state = trainer.replicate(state)
+    timer = IntervalTimer()
+    recent: list[tuple[int, Losses, jax.Array]] = []
+    summary = None
+    try:
+        for step in range(start_step + 1, total_steps + 1):
+            with timer.part("data"):
+                batch = next(batches)
+            parts = _split(batch, config.train.accumulation_steps)
+            try:
+                state, losses, grad_norm = trainer.step(state, parts)
+            except NonFiniteCostError as error:
+                picture = source.records[int(batch.index[error.image])].file_name
+                raise NonFiniteLossError(
+                    f"step {step}: {error}, picture {picture}: the network's output is NaN or infinite; "
+                    "use a lower config.optimizer.lr, or look at the pictures of this batch"
+                ) from None
+            timer.add("match", trainer.matching_s)
+            trainer.matching_s = 0.0
+            if recent:
+                _check_finite(*recent[-1])  # one step behind, so that the device need not wait
+            recent.append((step, losses, grad_norm))
+
+            end_of_epoch = step % steps_per_epoch == 0
+            last = step == total_steps
+            metrics = None
+            if step % config.train.log_every_steps == 0 or last or step == start_step + 1:
+                _check_finite(*recent[-1])
+                metrics = _mean_scalars(config, recent)
+                report = timer.report(len(recent) * config.train.batch_size)
+                if step > start_step + 1:  # the first interval is compilation
+                    metrics |= report
+                metrics |= {name: float(schedule(step - 1)) for name, schedule in schedules._asdict().items()}
+                recent = []
+                if writer:
+                    writer.write_scalars(step, metrics, epoch=step / steps_per_epoch, kind="train")
+            if progress:
+                progress.update(step, metrics)
+
+            if evaluates and (last or (end_of_epoch and (step // steps_per_epoch) % config.eval.every_epochs == 0)):
+                summary = _evaluate(config, trainer, state.eval_variables, eval_source, classes, host).summary
+                if writer:
+                    writer.write_scalars(step, summary, epoch=step / steps_per_epoch, kind="eval")
+                logging.info("step %d: AP %.4f, AP50 %.4f", step, summary["AP"], summary["AP50"])
+                scores = {"AP": summary["AP"]}
+            else:
+                scores = None
+            if end_of_epoch or last or scores or step % config.train.checkpoint_every_steps == 0:
+                if recent:
+                    _check_finite(*recent[-1])
+                epoch, position = divmod(step, steps_per_epoch)
+                position = {"epoch": epoch, "batch": position, "steps_per_epoch": steps_per_epoch}
+                checkpoints.save(step, first(state), position, scores)
+                timer.report(0)  # evaluating and saving are not part of the next interval's pace
+    finally:
+        batches.close()
+        if progress:
+            progress.close()
+        if writer:
+            writer.close()
+        checkpoints.close()
+    if batches.bad_files:
+        logging.warning("%d damaged pictures were skipped: %s", len(batches.bad_files), sorted(batches.bad_files))
+    return summary
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: str | os.PathLike, checkpoint: str = "best") -> CocoMetrics:
+    """COCO AP of a trained workdir on the config's evaluation pictures.
+
+    Args:
+      checkpoint: `best` by AP, or `latest`.
+    Raises: ValueError, FileNotFoundError, if the workdir or the data do not fit the config.
+    """
+    build.check_config(config, jax.local_device_count() * jax.process_count())
+    classes = run_files.load_classes(workdir)
+    source = build.make_source(config, "eval")
+    state, step = load_state(config, workdir, len(classes), checkpoint)
+    logging.info("Checkpoint of step %d, %d pictures", step, len(source))
+    trainer = Trainer(_functions(config, len(classes)))
+    variables = trainer.replicate(state.eval_variables)
+    host = (jax.process_index(), jax.process_count())
+    return _evaluate(config, trainer, variables, source, classes, host)
+
+
+def load_state(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, num_classes: int, checkpoint: str
+) -> tuple[TrainState, int]:
+    """The state of the `best` or `latest` checkpoint, as NumPy arrays, and its step."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        step = checkpoints.best_step() if checkpoint == "best" else checkpoints.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{checkpoints.directory} holds no finished checkpoint")
+        state, _ = checkpoints.restore(step, _template(config, _functions(config, num_classes)))
+    finally:
+        checkpoints.close()
+    return state, step
+
+
+def _functions(config: ml_collections.ConfigDict, num_classes: int) -> Any:
+    return build.make_step_functions(config, num_classes, build.make_schedules(config, 1))
+
+
+def _template(config: ml_collections.ConfigDict, functions: Any) -> TrainState:
+    shape = tuple(config.data.eval_shapes[0])
+    return jax.eval_shape(lambda: functions.init(jax.random.key(config.seed), shape))
+
+
+def _initial_state(
+    config: ml_collections.ConfigDict, functions: Any, checkpoints: Checkpoints, steps_per_epoch: int
+) -> tuple[TrainState, int]:
+    """The newest checkpoint's state and step, or a new state and 0."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return functions.init(jax.random.key(config.seed), tuple(config.data.eval_shapes[0])), 0
+    state, position = checkpoints.restore(step, _template(config, functions))
+    if position["steps_per_epoch"] != steps_per_epoch:
+        raise ValueError(
+            f"the run in {checkpoints.directory.parent} has {position['steps_per_epoch']} steps an epoch, but the "
+            f"training data and config.train.batch_size now give {steps_per_epoch}; use the same data, or another workdir"
+        )
+    logging.info("Going on from step %d, in %s", step, checkpoints.directory)
+    return state, step
+
+
+def _check_same_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
+    """Raises ValueError if the workdir's run has other values in a field that its weights depend on."""
+    try:
+        before = run_files.load_config(workdir).to_dict()
+    except FileNotFoundError:
+        return
+    changes = []
+    flat_before, flat_now = _flatten(before), _flatten(config.to_dict())
+    for field in sorted(flat_before.keys() | flat_now.keys()):
+        free = field in FREE_FIELDS or field.split(".")[0] in FREE_GROUPS
+        if not free and _plain(flat_before.get(field)) != _plain(flat_now.get(field)):
+            changes.append(f"config.{field} was {flat_before.get(field)!r}, is {flat_now.get(field)!r}")
+    if changes:
+        raise ValueError(
+            f"{workdir} holds another run: {'; '.join(changes)}. Use another --workdir, or undo the changes"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _split(batch: Batch, count: int) -> list[Batch]:
+    """The batch's rows in `count` equal parts."""
+    size = len(batch.index) // count
+    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(count)]
+
+
+def _check_finite(step: int, losses: Losses, grad_norm: jax.Array) -> None:
+    """Raises NonFiniteLossError that names the first term that is NaN or infinite."""
+    terms = {"class": losses.class_loss, "L1": losses.l1_loss, "GIoU": losses.giou_loss, "total": losses.total}
+    for name, values in terms.items():
+        if not np.isfinite(np.asarray(values)).all():
+            raise NonFiniteLossError(f"step {step}: the {name} loss is not finite; use a lower config.optimizer.lr")
+    if not np.isfinite(np.asarray(grad_norm)).all():
+        raise NonFiniteLossError(f"step {step}: the gradient is not finite; use a lower config.optimizer.lr")
+
+
+class _Scalars(NamedTuple):
+    losses: Losses
+    grad_norm: float
+
+
+def _mean_scalars(
+    config: ml_collections.ConfigDict, recent: Sequence[tuple[int, Losses, jax.Array]]
+) -> dict[str, float]:
+    """Names and means over the steps of an interval; the loss terms are weighted, so that they add up to `loss`."""
+    fetched = [_Scalars(jax.tree.map(lambda x: np.asarray(x)[0], losses), float(norm[0])) for _, losses, norm in recent]
+    mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *fetched)
+    losses, weights = mean.losses, config.loss
+    scalars = {
+        "loss": losses.total,
+        "grad_norm": mean.grad_norm,
+        "class_error": losses.class_error,
+        "cardinality_error": losses.cardinality_error[-1],
+    }
+    terms = {
+        "class": weights.class_weight * losses.class_loss,
+        "l1": weights.l1_weight * losses.l1_loss,
+        "giou": weights.giou_weight * losses.giou_loss,
+    }
+    for name, values in terms.items():
+        scalars[f"loss_{name}"] = values.sum()
+        scalars |= {f"loss_{name}_layer{i}": value for i, value in enumerate(values)}
+    return {name: float(value) for name, value in scalars.items()}
+
+
+def _evaluate(
+    config: ml_collections.ConfigDict,
+    trainer: Trainer,
+    variables: Any,
+    source: Source,
+    classes: build.ClassTable,
+    host: tuple[int, int],
+) -> CocoMetrics:
+    """Runs every picture of the source and scores the detections. `variables` are replicated."""
+    batches = build.make_eval_batches(config, source, classes, host)
+    results = []
+    try:
+        for batch in batches:
+            detections, index = trainer.detect(variables, batch), batch.index
+            if host[1] > 1:
+                detections, index = multihost_utils.process_allgather((detections, index), tiled=True)
+            for row, i in enumerate(index):
+                if i >= 0:
+                    found = jax.tree.map(lambda x, row=row: x[row], detections)
+                    results += coco_results(source.records[i].image_id, found, classes)
+    finally:
+        batches.close()
+    return coco_average_precision(source.records, source.categories, results)
+
+
+def coco_results(image_id: int, detections: Any, classes: build.ClassTable) -> list[dict[str, Any]]:
+    """One picture's detections in COCO's results format; logits that stand for nothing are left out."""
+    results = []
+    for score, label, (left, top, right, bottom) in zip(
+        detections.scores.tolist(), detections.labels.tolist(), detections.boxes_xyxy_px.tolist(), strict=True
+    ):
+        if classes[label] is not None:
+            box = [left, top, right - left, bottom - top]
+            results.append({"image_id": image_id, "category_id": classes[label].id, "bbox": box, "score": score})
+    return results
