@@ -22,21 +22,26 @@ def get_config() -> ml_collections.ConfigDict:
         model.num_heads = 4
         model.ffn_width = 256
         model.encoder_layers = 1
-        model.decoder_layers = 3
+        model.decoder_layers = 2
         model.num_queries = 30
         model.dropout = 0.0
+        model.temperature = 20.0
+        model.local_gain = 6.0
         model.num_classes = 0
 
         data = config.data
         data.source = "synthetic"
+        data.synthetic.height = 96
+        data.synthetic.width = 96
+        data.synthetic.max_objects = 4
         data.class_ids = "contiguous"
         data.workers = 2
-        data.train_shapes = ((128, 128),)
-        data.eval_shapes = ((128, 128),)
-        data.short_sides_px = (128,)
-        data.long_side_max_px = 128
+        data.train_shapes = ((96, 96),)
+        data.eval_shapes = ((96, 96),)
+        data.short_sides_px = (96,)
+        data.long_side_max_px = 96
         data.crop_probability = 0.0
-        data.eval_short_side_px = 128
+        data.eval_short_side_px = 96
 
         config.optimizer.lr = 1e-3
         config.optimizer.backbone_lr = 1e-3

@@ -42,20 +42,19 @@ class MLP(nn.Module):
     Attributes:
       features: width of each layer's output.
       kernel_init: of every layer.
-      zero_last: the last layer starts at zero, weights and bias.
+      last_init: initialisers of the last layer's kernel and bias, if they differ.
     """
 
     features: tuple[int, ...]
     kernel_init: nn.initializers.Initializer = xavier_uniform
-    zero_last: bool = False
+    last_init: tuple[nn.initializers.Initializer, nn.initializers.Initializer] | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         last = len(self.features) - 1
-        zeros = nn.initializers.zeros
         for i, features in enumerate(self.features):
-            kernel_init, bias_init = (zeros, zeros) if self.zero_last and i == last else (self.kernel_init, None)
+            kernel_init, bias_init = (self.kernel_init, None) if self.last_init is None or i < last else self.last_init
             x = Linear(features, kernel_init, bias_init, self.dtype, name=f"layers_{i}")(x)
             if i < last:
                 x = nn.relu(x)

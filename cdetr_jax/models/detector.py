@@ -86,6 +86,8 @@ class Detector(nn.Module):
     reference_point: str = "predicted"
     spatial_query: str = "full"
     transformation: str = "diagonal"
+    temperature: float = 10000.0
+    local_gain: float = 0.0
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -108,7 +110,7 @@ class Detector(nn.Module):
         )(images)
         batch, h, w, _ = features.shape
         is_pad = resize_mask(is_pad, (h, w))
-        pos = position.grid_embedding(is_pad, self.width)
+        pos = position.grid_embedding(is_pad, self.width, self.temperature)
         projected = Linear(self.width, torch_uniform, dtype=self.dtype, name="input_proj")(features)
         query_pos = self.param("query_embed", nn.initializers.normal(1.0), (self.num_queries, self.width))
         memory, decoder_output, points = Transformer(
@@ -123,6 +125,8 @@ class Detector(nn.Module):
             reference_point=self.reference_point,
             spatial_query=self.spatial_query,
             transformation=self.transformation,
+            temperature=self.temperature,
+            local_gain=self.local_gain,
             dtype=self.dtype,
             name="transformer",
         )(
@@ -141,7 +145,8 @@ class Detector(nn.Module):
             nn.initializers.constant(-math.log(99.0)) if focal else None,
             name="class_embed",
         )(f)
-        boxes = MLP((self.width, self.width, 4), torch_uniform, zero_last=True, name="bbox_embed")(f)
+        zeros = nn.initializers.zeros
+        boxes = MLP((self.width, self.width, 4), torch_uniform, last_init=(zeros, zeros), name="bbox_embed")(f)
         if self.box_offset:
             offset = inverse_sigmoid(jax.nn.sigmoid(points))
             boxes = boxes + jnp.pad(offset, ((0, 0), (0, 2)))  # equation (1)

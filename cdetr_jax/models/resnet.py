@@ -42,7 +42,7 @@ def conv2d(
 
     The kernel's gradient is a sum over pixels for each of the `K*K` taps. XLA's CPU backend runs the convolution that
     differentiation gives for it several times slower than it runs the same sum as `K*K` matrix products, so on a CPU
-    it is written that way.
+    it is written that way, unless there are so few channels that the products are thin.
     """
     return _plain_conv(x, kernel, stride, dilation)
 
@@ -74,14 +74,11 @@ def _conv2d_bwd(stride, dilation, residuals, ct):
     x, kernel = residuals
     (x_ct,) = jax.vjp(lambda x: _plain_conv(x, kernel, stride, dilation), x)[1](ct)
     settings = {"stride": stride, "dilation": dilation}
-    kernel_ct = lax.platform_dependent(
-        x,
-        kernel,
-        ct,
-        cpu=functools.partial(_kernel_gradient_by_taps, **settings),
-        default=functools.partial(_kernel_gradient_by_conv, **settings),
-    )
-    return x_ct, kernel_ct
+    by_conv = functools.partial(_kernel_gradient_by_conv, **settings)
+    if min(kernel.shape[2:]) < 64:
+        return x_ct, by_conv(x, kernel, ct)
+    by_taps = functools.partial(_kernel_gradient_by_taps, **settings)
+    return x_ct, lax.platform_dependent(x, kernel, ct, cpu=by_taps, default=by_conv)
 
 
 conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cdetr_jax.models import position
-from cdetr_jax.models.attention import MLP, Attend, Linear, MultiHeadAttention, split_heads
+from cdetr_jax.models.attention import MLP, Attend, Linear, MultiHeadAttention, split_heads, xavier_uniform
 
 Dtype = Any
 
@@ -95,6 +95,7 @@ class ConditionalDecoderLayer(TransformerLayer):
     """
 
     is_first: bool = False
+    local_gain: float = 0.0
 
     @nn.compact
     def __call__(
@@ -118,8 +119,8 @@ class ConditionalDecoderLayer(TransformerLayer):
           train: dropout is on; needs the rng `dropout`.
         """
 
-        def linear(name: str, inputs: Array) -> Array:
-            return Linear(self.width, dtype=self.dtype, name=name)(inputs)
+        def linear(name: str, inputs: Array, kernel_init: nn.initializers.Initializer = xavier_uniform) -> Array:
+            return Linear(self.width, kernel_init, dtype=self.dtype, name=name)(inputs)
 
         def heads(inputs: Array) -> Array:
             return split_heads(inputs, self.num_heads)
@@ -130,19 +131,25 @@ class ConditionalDecoderLayer(TransformerLayer):
         y = Attend(self.dropout, self.dtype, name="self_attn")(heads(q), heads(k), heads(v), None, train)
         c_q = self.add_and_norm("norm1")(x, y, train)
 
+        position_init = _same_orthogonal(self.local_gain) if self.local_gain > 0 else xavier_uniform
         q_content = linear("ca_qcontent_proj", c_q)
         k_content = linear("ca_kcontent_proj", memory)
-        k_pos = linear("ca_kpos_proj", pos)
+        k_pos = linear("ca_kpos_proj", pos, position_init)
         v = linear("ca_v_proj", memory)
         if self.is_first:
             q_content = q_content + linear("ca_qpos_proj", query_pos)
             k_content = k_content + k_pos
-        q_pos = linear("ca_qpos_sine_proj", spatial_query(x, c_q))
+        q_pos = linear("ca_qpos_sine_proj", spatial_query(x, c_q), position_init)
         q = jnp.concatenate([heads(q_content), heads(q_pos)], axis=-1)
         k = jnp.concatenate([heads(k_content), heads(k_pos)], axis=-1)
         y = Attend(self.dropout, self.dtype, name="cross_attn")(q, k, heads(v), is_pad, train)
         x = self.add_and_norm("norm2")(c_q, y, train)
         return self.add_and_norm("norm3")(x, self.feed_forward(x, train), train)
+
+
+def _same_orthogonal(gain: float) -> nn.initializers.Initializer:
+    """Always the same rotation: two projections that start from it keep the dot products of what they project."""
+    return lambda _, shape: nn.initializers.orthogonal(gain)(jax.random.key(0), shape)
 
 
 class SpatialQuery(nn.Module):
@@ -152,12 +159,14 @@ class SpatialQuery(nn.Module):
       form: a member of `SPATIAL_QUERIES` (table 3): `full` lambda_q(f) p_s; `i` lambda_q(c_q) p_s; `t` lambda_q
         alone; `p` p_s alone; `c` the decoder embedding f itself.
       transformation: a member of `TRANSFORMATIONS` (figure 5): what the FFN predicts and how it acts on p_s.
+      starts_as_identity: a scalar or diagonal T is 1 before training, instead of random.
     """
 
     form: str
     transformation: str
     width: int
     num_heads: int
+    starts_as_identity: bool
     dtype: Dtype
 
     @nn.compact
@@ -174,7 +183,9 @@ class SpatialQuery(nn.Module):
             return jnp.ones_like(p_s) if self.form == "t" else p_s
         head = self.width // self.num_heads
         outputs = {"scalar": 1, "diagonal": self.width, "block": self.width * head, "full": self.width**2}
-        mlp = MLP((self.width, outputs[self.transformation]), dtype=self.dtype)
+        ones = (nn.initializers.zeros, nn.initializers.ones)
+        last_init = ones if self.starts_as_identity and self.transformation in ("scalar", "diagonal") else None
+        mlp = MLP((self.width, outputs[self.transformation]), last_init=last_init, dtype=self.dtype)
         nn.share_scope(self, mlp)
         t = mlp(c_q if self.form == "i" else f)
         if self.form == "t":
@@ -213,6 +224,10 @@ class Transformer(nn.Module):
       decoder: `conditional` or `detr`.
       box_offset: the boxes will be offsets to the reference points, so DETR's decoder needs them too.
       reference_point, spatial_query, transformation: see the classes above.
+      temperature: of the sine embeddings.
+      local_gain: 0: Xavier, as published. Above, for training from random weights on few pictures: both position
+        projections of the conditional cross-attention start as this gain times the same rotation, and T as the
+        identity, so that `p_q.p_k` is highest at the query's reference point from the first step on.
       width, num_heads, ffn_width, dropout, dtype: of every layer.
     """
 
@@ -227,6 +242,8 @@ class Transformer(nn.Module):
     reference_point: str = "predicted"
     spatial_query: str = "full"
     transformation: str = "diagonal"
+    temperature: float = 10000.0
+    local_gain: float = 0.0
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -254,17 +271,23 @@ class Transformer(nn.Module):
         conditional = self.decoder == "conditional"
         form = self.reference_point if conditional or self.box_offset else "zero"
         points = ReferencePoints(form, name="ref_point_head")(query_pos)
-        p_s = position.point_embedding(jax.nn.sigmoid(points), self.width)  # equation (5)
+        p_s = position.point_embedding(jax.nn.sigmoid(points), self.width, self.temperature)  # equation (5)
         query_scale = SpatialQuery(
-            self.spatial_query, self.transformation, self.width, self.num_heads, self.dtype, name="query_scale"
+            self.spatial_query,
+            self.transformation,
+            self.width,
+            self.num_heads,
+            self.local_gain > 0,
+            self.dtype,
+            name="query_scale",
         )
         norm = layer_norm(self.dtype, name="decoder_norm")
         x = jnp.zeros((features.shape[0], *query_pos.shape), self.dtype)
         outputs = []
         for i in range(self.decoder_layers):
-            is_first = {"is_first": i == 0} if conditional else {}
+            special = {"is_first": i == 0, "local_gain": self.local_gain} if conditional else {}
             cls = ConditionalDecoderLayer if conditional else DetrDecoderLayer
-            x = cls(**layer, **is_first, name=f"decoder_layers_{i}")(
+            x = cls(**layer, **special, name=f"decoder_layers_{i}")(
                 x,
                 memory=memory,
                 pos=pos,

@@ -211,7 +211,8 @@ def _initial_state(
     if position["steps_per_epoch"] != steps_per_epoch:
         raise ValueError(
             f"the run in {checkpoints.directory.parent} has {position['steps_per_epoch']} steps an epoch, but the "
-            f"training data and config.train.batch_size now give {steps_per_epoch}; use the same data, or another workdir"
+            f"training data and config.train.batch_size now give {steps_per_epoch}; use the same data, or "
+            "another workdir"
         )
     logging.info("Going on from step %d, in %s", step, checkpoints.directory)
     return state, step

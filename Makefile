@@ -1,0 +1,42 @@
+# make demo: train, evaluate and predict on drawn shapes, in minutes on two CPU cores.
+# make test: the default test suite.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= runs/demo
+DEMO_FLAGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-slow lint clean
+
+# The environment is made anew when what it is made from has changed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/cdetr train --config=configs/demo.py --workdir=$(DEMO) $(DEMO_FLAGS)
+	$(BIN)/cdetr evaluate --workdir=$(DEMO)
+	$(BIN)/cdetr predict --workdir=$(DEMO) --from-eval=12 --output=$(DEMO)/found
+	@echo
+	@echo "The demo is done. Its results:"
+	@echo "  pictures with what was found   $(DEMO)/found/ (all in one: $(DEMO)/found/sheet.png)"
+	@echo "  loss and AP over time          $(DEMO)/curve.png"
+	@echo "  all metrics                    $(DEMO)/metrics.jsonl"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs

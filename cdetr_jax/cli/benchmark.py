@@ -1,0 +1,117 @@
+"""`cdetr benchmark`: where the time of a train step goes, on made-up pictures."""
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from cdetr_jax import build
+from cdetr_jax.cli.settings import read_config
+from cdetr_jax.structs import Batch, Targets
+from cdetr_jax.training.parallel import Trainer
+
+
+def made_up_batch(batch: int, height: int, width: int, targets: int, num_classes: int) -> Batch:
+    """Noise pictures that fill the whole shape, with random boxes of 5 to 50 % of the sides."""
+    rng = np.random.default_rng(0)
+    size = rng.uniform(0.05, 0.5, (batch, targets, 2))
+    centre = rng.uniform(0, 1, (batch, targets, 2)) * (1 - size) + size / 2
+    sizes = np.tile(np.array([height, width], np.int32), (batch, 1))
+    return Batch(
+        images=rng.integers(0, 256, (batch, height, width, 3), np.uint8),
+        sizes_hw=sizes,
+        original_sizes_hw=sizes,
+        index=np.arange(batch, dtype=np.int32),
+        targets=Targets(
+            labels=rng.integers(1, num_classes, (batch, targets)).astype(np.int32),
+            boxes_cxcywh=np.concatenate([centre, size], -1).astype(np.float32),
+            valid=np.ones((batch, targets), bool),
+        ),
+    )
+
+
+class _Clock:
+    """Wall times of each part, waiting for its results."""
+
+    def __init__(self):
+        self.seconds: dict[str, list[float]] = {}
+
+    def time(self, part: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = jax.block_until_ready(call(*arguments))
+        self.seconds.setdefault(part, []).append(time.perf_counter() - start)
+        return result
+
+
+def run(arguments: argparse.Namespace, fields: list[str]) -> None:
+    """Prints compile time, the time of each part, images per second and memory.
+
+    Raises: ValueError, if the size or the config is wrong.
+    """
+    config = read_config(arguments.config, fields)
+    try:
+        height, width = map(int, arguments.size.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"--size is {arguments.size!r}, expected height x width in pixels, such as 480x640") from None
+    num_classes = config.model.num_classes or 91
+    schedules = build.make_schedules(config, steps_per_epoch=1000)
+    functions = build.make_step_functions(config, num_classes, schedules)
+    trainer = Trainer(functions)
+    state = trainer.replicate(functions.init(jax.random.key(0), (height, width)))
+    batch = made_up_batch(arguments.batch, height, width, arguments.targets, num_classes)
+    clock = _Clock()
+
+    def step(state: Any) -> Any:
+        part = trainer.shard(batch)
+        cost, predictions, pullback = clock.time("forward", trainer.forward, state, part, 0)
+        match = clock.time("matching", trainer.match, cost, part)
+        counts = trainer.counts([part])
+        grads, _ = clock.time("backward", trainer.backward, predictions, pullback, part.targets, match, counts)
+        del pullback
+        state, _ = clock.time("update", trainer.apply, state, grads)
+        return state
+
+    def whole(state: Any) -> Any:
+        state, losses, _ = trainer.step(state, [batch])
+        jax.block_until_ready(losses)
+        return state
+
+    start = time.perf_counter()
+    state = step(state)
+    compile_s = time.perf_counter() - start
+    clock.seconds.clear()
+    for _ in range(arguments.steps):
+        state = step(state)
+    for _ in range(arguments.steps):
+        state = clock.time("whole step", whole, state)
+    peak_train = _peak_gib()
+    variables = state.eval_variables
+    del state
+    trainer.detect(variables, batch)
+    for _ in range(arguments.steps):
+        clock.time("inference", trainer.detect, variables, batch)
+
+    device = jax.devices()[0]
+    print(
+        f"{arguments.config}, {config.model.compute_dtype}, batch {arguments.batch}, {height}x{width}, "
+        f"{arguments.targets} targets, jax {jax.__version__}, {jax.local_device_count()} x {device.device_kind}"
+    )
+    print(f"{'first step, with compilation':30s} {compile_s:9.2f} s")
+    for part, seconds in clock.seconds.items():
+        median = statistics.median(seconds)
+        rate = f"   {arguments.batch / median:8.2f} images/s" if part in ("whole step", "inference") else ""
+        print(f"{part:30s} {median:9.4f} s  (from {min(seconds):.4f} to {max(seconds):.4f}){rate}")
+    print(f"{'peak memory, training':30s} {peak_train:9.2f} GiB")
+
+
+def _peak_gib() -> float:
+    """Of the device where it tells, else of this process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

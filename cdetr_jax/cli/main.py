@@ -1,0 +1,105 @@
+"""The `cdetr` command: help texts, then one call into the command that was asked for."""
+
+import argparse
+import importlib
+import sys
+
+CONFIG_HELP = """\
+every field of the config can be set on the command line, for example
+  --config.optimizer.lr=2e-4   --config.train.batch_size=8   --config.seed=1
+configs/common.py lists the fields, what they mean and their published values."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Imports nothing heavy: help must answer at once."""
+    main = argparse.ArgumentParser(
+        prog="cdetr", description="Conditional DETR: train a detector, measure it, and find objects in pictures."
+    )
+    commands = main.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, epilog: str, **settings: object) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **settings,
+        )
+
+    train = add(
+        "train",
+        "train a detector, or go on with a run that was stopped",
+        CONFIG_HELP + "\n\nexample:\n  cdetr train --config=configs/demo.py --workdir=runs/demo",
+    )
+    train.add_argument("--config", required=True, metavar="FILE", help="recipe, such as configs/demo.py")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go")
+    train.add_argument(
+        "--multihost", action="store_true", help="this is one of several hosts, such as those of a TPU pod"
+    )
+
+    evaluate = add(
+        "evaluate",
+        "print COCO's 12 numbers and the AP of every class",
+        CONFIG_HELP + "\n\nexample:\n  cdetr evaluate --workdir=runs/demo",
+    )
+    evaluate.add_argument("--workdir", required=True, metavar="DIR", help="of a run")
+    evaluate.add_argument("--config", metavar="FILE", help="recipe; default: the run's own")
+    evaluate.add_argument(
+        "--checkpoint", choices=("best", "latest"), default="best", help="best by AP, or the latest (default: best)"
+    )
+
+    predict = add(
+        "predict",
+        "find the objects in pictures, draw them and write predictions.json",
+        "DIR gets one drawing a picture, sheet.png with the first 16 of them, and predictions.json in COCO's results\n"
+        "format with each picture's file name and each object's class name.\n\n"
+        "example:\n  cdetr predict --workdir=runs/demo street.jpg holiday/ --output=found",
+    )
+    predict.add_argument("--workdir", required=True, metavar="DIR", help="of a run")
+    predict.add_argument("--output", required=True, metavar="DIR", help="where the drawings go; made if missing")
+    predict.add_argument(
+        "--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score to keep, 0 to 1 (default: 0.5)"
+    )
+    predict.add_argument(
+        "--checkpoint", choices=("best", "latest"), default="best", help="best by AP, or the latest (default: best)"
+    )
+    predict.add_argument(
+        "--from-eval", type=int, default=0, metavar="N", help="also the first N pictures of the run's evaluation set"
+    )
+    predict.add_argument("pictures", nargs="*", metavar="PICTURE_OR_FOLDER", help="pictures, or folders of pictures")
+
+    benchmark = add(
+        "benchmark",
+        "time the parts of a train step and the inference on this machine",
+        CONFIG_HELP
+        + "\n\nexample:\n  cdetr benchmark --config=configs/conditional_detr_r50.py --batch=2 --size=480x640",
+    )
+    benchmark.add_argument("--config", required=True, metavar="FILE", help="recipe whose model is timed")
+    benchmark.add_argument("--batch", type=int, default=2, metavar="N", help="pictures a step (default: 2)")
+    benchmark.add_argument("--size", default="480x640", metavar="HxW", help="in pixels (default: 480x640)")
+    benchmark.add_argument("--targets", type=int, default=7, metavar="N", help="objects a picture (default: 7)")
+    benchmark.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default: 10)")
+    return main
+
+
+TAKES_CONFIG_FIELDS = ("train", "evaluate", "benchmark")
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Entry point of the console script. A user's mistake is one line and exit status 1; 130 after Ctrl-C."""
+    arguments, rest = parser().parse_known_args(argv)
+    fields = [field for field in rest if field.startswith("--config.")]
+    unknown = [word for word in rest if word not in fields]
+    if unknown or (fields and arguments.command not in TAKES_CONFIG_FIELDS):
+        parser().error(f"unknown argument {(unknown or fields)[0]!r}; see `cdetr {arguments.command} --help`")
+    command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
+    try:
+        command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"cdetr {arguments.command}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)

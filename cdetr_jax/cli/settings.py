@@ -1,0 +1,59 @@
+"""What the commands share: reading the config, and how the log looks."""
+
+import os
+import sys
+
+import ml_collections
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+
+def read_config(path: str, fields: list[str]) -> ml_collections.ConfigDict:
+    """A recipe with the command line's changes.
+
+    Args:
+      path: of a Python file with `get_config()`.
+      fields: such as `--config.optimizer.lr=2e-4`.
+    Raises: ValueError, if there is no such field (with the name that was perhaps meant) or the value has a wrong type.
+    """
+    if not os.path.isfile(path.split(".py:")[0] + ".py" if ".py:" in path else path):
+        raise FileNotFoundError(f"there is no config {path}; the recipes are in configs/, run from the repository root")
+    # A recipe may import its neighbours as `configs.common`.
+    sys.path.insert(0, os.getcwd())
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    return _parse(values, ["cdetr", f"--config={path}", *fields])
+
+
+def change_config(config: ml_collections.ConfigDict, fields: list[str]) -> ml_collections.ConfigDict:
+    """A run's own config with the command line's changes; as `read_config`."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    return _parse(values, ["cdetr", *fields])
+
+
+def _parse(values: flags.FlagValues, argv: list[str]) -> ml_collections.ConfigDict:
+    try:
+        values(argv)
+        return values["config"].value
+    except (AttributeError, KeyError) as error:  # such as: 'lrr'\nDid you mean "lr" instead of "lrr"?
+        raise ValueError(f"there is no such config field: {' '.join(str(error.args[0]).split())}") from error
+    except (TypeError, flags.Error) as error:
+        raise ValueError(str(error)) from error
+
+
+def set_up_logging() -> None:
+    """Our lines on standard error with the time only; a library's only where they warn."""
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.INFO)
+    handler = absl_logging.get_absl_handler()
+    handler.addFilter(lambda record: record.levelno >= 30 or "cdetr_jax" in record.pathname)
+    handler.setFormatter(_Plain())
+
+
+class _Plain(absl_logging.PythonFormatter):
+    def format(self, record):
+        level = "" if record.levelno <= 20 else f"{record.levelname.lower()}: "
+        clock = absl_logging.time.strftime("%H:%M:%S", absl_logging.time.localtime(record.created))
+        return f"{clock} {level}{record.getMessage()}"

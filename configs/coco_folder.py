@@ -1,0 +1,46 @@
+r"""Your own pictures: folders and COCO instances JSON files with any category ids and names.
+
+    cdetr train --config=configs/coco_folder.py --workdir=W \
+        --config.data.train_images=my/train --config.data.train_annotations=my/train.json \
+        --config.data.eval_images=my/val --config.data.eval_annotations=my/val.json
+
+Batch 4 and pictures of at most 640 pixels, for one GPU of 8 GB; it starts from random weights with group norm, because
+frozen batch norm makes sense only with loaded ImageNet weights. Expect it to need hundreds of epochs on a few hundred
+pictures.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Classes are counted from the annotations."""
+    config = common.get_config()
+    config.model.backbone_norm = "group"
+    config.model.frozen_stages = 0
+    config.model.num_classes = 0
+    config.model.num_queries = 100
+
+    config.data.class_ids = "contiguous"
+    config.data.train_images = ""
+    config.data.train_annotations = ""
+    config.data.eval_images = ""
+    config.data.eval_annotations = ""
+    config.data.train_shapes = ((480, 640), (640, 480), (640, 640))
+    config.data.eval_shapes = ((480, 640), (640, 480), (640, 640))
+    config.data.short_sides_px = (320, 352, 384, 416, 448, 480)
+    config.data.long_side_max_px = 640
+    config.data.crop_short_sides_px = (400, 500, 600)
+    config.data.crop_sides_px = (256, 480)
+    config.data.eval_short_side_px = 480
+
+    config.optimizer.lr = 2e-4
+    config.optimizer.backbone_lr = 2e-4
+    config.optimizer.warmup_steps = 200
+    config.optimizer.drop_epoch = 240
+    config.train.num_epochs = 300
+    config.train.batch_size = 4
+    config.eval.batch_size = 4
+    config.eval.every_epochs = 10
+    return config

@@ -1,0 +1,320 @@
+"""The train step: devices, accumulation, moving average, dropout, and pictures without targets.
+
+Most tests run a stand-in for the detector that compiles in a moment; what they check are the halves of the step, which
+only see a module that makes `Predictions`. All batches have one shape, so that the tests share compiled programs.
+"""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cdetr_jax.matching.assign import NonFiniteCostError
+from cdetr_jax.models import resnet
+from cdetr_jax.models.detector import Detector
+from cdetr_jax.structs import Batch, Predictions, Targets
+from cdetr_jax.training import parallel
+from cdetr_jax.training.optimizer import make_optimizer
+from cdetr_jax.training.step import StepFunctions, TrainState
+
+LAYERS, QUERIES, CLASSES, COLUMNS, SHAPE = 2, 5, 3, 7, (4, 6)
+EMA_DECAY = 0.75
+# Float32 sums in another order; Adam divides by the gradient's size and so keeps relative errors.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class StandIn(nn.Module):
+    """A detector of the least kind: two linear layers on all pixels."""
+
+    num_queries: int = QUERIES
+    num_logits: int = CLASSES
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images, sizes_hw, train=False):
+        x = images.reshape(len(images), -1) / 255.0 - 0.5
+        x = nn.Dropout(self.dropout, deterministic=not train)(nn.tanh(nn.Dense(7, name="backbone")(x)))
+        features = self.num_logits + 4
+        x = nn.Dense(LAYERS * self.num_queries * features, name="heads")(x)
+        x = x.reshape(-1, LAYERS, self.num_queries, features).swapaxes(0, 1)
+        return Predictions(logits=x[..., :-4], boxes_cxcywh=nn.sigmoid(x[..., -4:]))
+
+
+def make_functions(model, class_loss="focal", ema_decay=EMA_DECAY, frozen=()):
+    shared = {"class_loss": class_loss, "focal_alpha": 0.25, "focal_gamma": 2.0}
+    return StepFunctions(
+        model=model,
+        optimizer=make_optimizer(
+            lr=optax.constant_schedule(1e-2),
+            backbone_lr=optax.constant_schedule(1e-3),
+            weight_decay=1e-2,
+            clip_norm=0.1,
+            frozen_modules=frozen,
+        ),
+        cost_settings={"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0, **shared},
+        loss_settings={"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "no_object_weight": 0.1, **shared},
+        ema_decay=ema_decay,
+        top_k=10,
+    )
+
+
+@functools.cache
+def make_trainer(devices=1, class_loss="focal", dropout=0.0):
+    """The stand-in's trainer, compiled once for all tests."""
+    functions = make_functions(StandIn(dropout=dropout), class_loss)
+    return functions, parallel.Trainer(functions, jax.local_devices()[:devices])
+
+
+def make_state(functions, shape=SHAPE, seed=0):
+    """What `StepFunctions.init` makes, from NumPy's random numbers: no initialiser is compiled."""
+    empty = jax.eval_shape(lambda: functions.init(jax.random.key(0), shape))
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda s: jnp.array(rng.normal(scale=0.3, size=s.shape), s.dtype), empty.params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        constants=jax.tree.map(lambda s: jnp.array(rng.uniform(0.5, 1, s.shape), s.dtype), empty.constants),
+        opt_state=functions.optimizer.init(params),
+        ema_params=params if functions.ema_decay > 0 else None,
+        rng=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
+def make_batch(counts=(3, 0, 2, 1), shape=SHAPE, seed=0):
+    rng = np.random.default_rng(seed)
+    size, columns = len(counts), COLUMNS
+    valid = np.arange(columns)[None, :] < np.array(counts)[:, None]
+    sizes = np.tile(np.array(shape, np.int32), (size, 1))
+    boxes = np.concatenate([rng.uniform(0.3, 0.7, (size, columns, 2)), rng.uniform(0.1, 0.5, (size, columns, 2))], -1)
+    targets = Targets(
+        labels=np.where(valid, rng.integers(0, CLASSES - 1, (size, columns)), 0).astype(np.int32),
+        boxes_cxcywh=np.where(valid[..., None], boxes, 0).astype(np.float32),
+        valid=valid,
+    )
+    images = rng.integers(0, 256, (size, *shape, 3)).astype(np.uint8)
+    return Batch(images, sizes, 2 * sizes, np.arange(size, dtype=np.int32), targets)
+
+
+def cut(batch, parts):
+    """Micro-batches, in order."""
+    size = len(batch.images) // parts
+    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
+
+
+def run(functions, trainer, parts, *, steps=5, shape=SHAPE):
+    """Returns the mean losses of each step, gradient norms and the last weights."""
+    state = trainer.replicate(make_state(functions, shape))
+    history, norms = [], []
+    for _ in range(steps):
+        state, losses, norm = trainer.step(state, parts)
+        history.append(jax.tree.map(lambda x: np.asarray(x).mean(0), losses))
+        norms.append(np.asarray(norm))
+    for leaf in jax.tree.leaves(state.params):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))  # the devices agree
+    assert int(state.step[0]) == steps
+    return history, np.array(norms)[:, 0], parallel.first(jax.tree.map(np.asarray, state.params))
+
+
+def assert_same(actual, expected):
+    # Not the class error: it is a mean over parts and devices, whatever the number of matches in each.
+    for a, b in zip(actual[0], expected[0], strict=True):
+        for name in ("total", "class_loss", "l1_loss", "giou_loss", "cardinality_error"):
+            np.testing.assert_allclose(getattr(a, name), getattr(b, name), **CLOSE, err_msg=name)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), actual[2], expected[2])
+
+
+@pytest.mark.parametrize("class_loss", ["focal", "softmax"])
+def test_devices_and_accumulation_change_nothing(class_loss):
+    batch = make_batch()
+    one, two = make_trainer(1, class_loss), make_trainer(2, class_loss)
+    whole = run(*one, [batch])
+    assert whole[0][0].total > whole[0][-1].total  # it learns
+    assert_same(run(*two, [batch]), whole)
+    assert_same(run(*one, cut(batch, 2)), whole)
+    assert_same(run(*one, cut(batch, 4)), whole)
+    if class_loss == "focal":  # both at once
+        assert_same(run(*two, cut(batch, 2)), whole)
+
+
+FOUR_DEVICES = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+import test_step
+assert jax.local_device_count() == 4
+one, four = (test_step.run(*test_step.make_trainer(devices), [test_step.make_batch()]) for devices in (1, 4))
+test_step.assert_same(four, one)
+print("the same")
+"""
+
+
+def test_four_devices_change_nothing():
+    """In a process of its own: the number of virtual devices is fixed when JAX starts."""
+    here = pathlib.Path(__file__).parent
+    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    env["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
+    done = subprocess.run([sys.executable, "-c", FOUR_DEVICES], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "the same"
+
+
+@pytest.mark.slow
+def test_devices_change_nothing_for_the_detector():
+    model = Detector(
+        backbone="resnet18",
+        backbone_width=4,
+        width=8,
+        num_heads=2,
+        ffn_width=11,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_queries=QUERIES,
+        num_classes=CLASSES,
+        dropout=0.0,
+    )
+    shape = (64, 96)
+    frozen = resnet.frozen_modules("resnet18", 2)
+    functions = make_functions(model, frozen=frozen)
+    batch = make_batch(shape=shape)
+    batch = batch.replace(sizes_hw=np.array([[64, 96], [33, 96], [64, 50], [40, 70]], np.int32))
+    one, two = (
+        run(functions, parallel.Trainer(functions, jax.local_devices()[:devices]), [batch], shape=shape)
+        for devices in (1, 2)
+    )
+    assert_same(two, one)
+    start = make_state(functions, shape).params["backbone"]
+    for name, before in start.items():
+        moved = [
+            np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one[2]["backbone"][name], before)), strict=True)
+        ]
+        assert max(moved) == 0 if name in frozen else min(moved) > 0
+
+
+@pytest.mark.parametrize("class_loss", ["focal", "softmax"])
+def test_a_batch_without_any_target(class_loss):
+    history, norms, params = run(*make_trainer(1, class_loss), [make_batch((0, 0, 0, 0))], steps=2)
+    assert np.isfinite(norms).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    for losses in history:
+        assert losses.total > 0
+        np.testing.assert_array_equal(losses.l1_loss, np.zeros(LAYERS))
+        np.testing.assert_array_equal(losses.giou_loss, np.zeros(LAYERS))
+        assert losses.class_error == 0
+
+
+@pytest.mark.parametrize("class_loss", ["focal", "softmax"])
+def test_more_targets_than_queries(class_loss):
+    batch = make_batch((7, 1, 0, 6))
+    one, two = (run(*make_trainer(devices, class_loss), [batch], steps=2) for devices in (1, 2))
+    assert np.isfinite(one[1]).all()
+    assert_same(two, one)
+
+
+def test_counts_are_over_all_parts_of_each_device():
+    _, trainer = make_trainer(2)
+    parts = [trainer.shard(part) for part in cut(make_batch((3, 0, 2, 7)), 2)]
+    counts = trainer.counts(parts)
+    # Device 0 sees pictures 0 and 2, device 1 pictures 1 and 3; five queries cannot answer for seven targets.
+    np.testing.assert_array_equal(counts.targets, [5, 7])
+    np.testing.assert_array_equal(counts.matched, [5, 5])
+    np.testing.assert_array_equal(counts.queries, [2 * QUERIES, 2 * QUERIES])
+
+
+def test_errors_are_means_over_parts():
+    """Four parts that are all the same picture have that picture's errors."""
+    functions, trainer = make_trainer(1)
+    part = jax.tree.map(lambda x: x[:1], make_batch())
+    history, _, _ = run(functions, trainer, [part] * 4, steps=1)
+    again, _, _ = run(functions, trainer, [part], steps=1)
+    assert again[0].class_error > 0
+    np.testing.assert_allclose(history[0].class_error, again[0].class_error, rtol=1e-6)
+    np.testing.assert_allclose(history[0].cardinality_error, again[0].cardinality_error, rtol=1e-6)
+
+
+def test_moving_average_follows_its_formula():
+    functions, trainer = make_trainer(2)
+    start = make_state(functions)
+    expected = jax.tree.map(np.asarray, start.params)
+    state = trainer.replicate(start)
+    for _ in range(3):
+        state, _, _ = trainer.step(state, [make_batch()])
+        params = parallel.first(jax.tree.map(np.asarray, state.params))
+        expected = jax.tree.map(lambda ema, new: EMA_DECAY * ema + (1 - EMA_DECAY) * new, expected, params)
+        actual = parallel.first(jax.tree.map(np.asarray, state.ema_params))
+        # Two roundings per step, in float32.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, expected)
+    evaluated = parallel.first(state.eval_variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, evaluated, actual)
+    assert np.abs(actual["heads"]["bias"] - params["heads"]["bias"]).max() > 1e-3
+
+
+def test_dropout_masks_follow_seed_step_part_and_device():
+    functions, trainer = make_trainer(2, dropout=0.5)
+    same = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), make_batch())  # both devices see the same pictures
+
+    def logits(seed, step, part):
+        state = make_state(functions)
+        state = state.replace(rng=jax.random.key_data(jax.random.key(seed)), step=jnp.array(step, jnp.int32))
+        return np.asarray(trainer.forward(trainer.replicate(state), trainer.shard(same), part)[1].logits)
+
+    base = logits(0, 0, 0)
+    np.testing.assert_array_equal(logits(0, 0, 0), base)
+    assert (base[0] != base[1]).any()
+    others = [logits(1, 0, 0), logits(0, 1, 0), logits(0, 0, 1)]
+    for other in others:
+        assert (other != base).any()
+    assert (others[1] != others[2]).any()
+
+
+def test_steps_with_dropout_repeat():
+    with_dropout = make_trainer(2, dropout=0.5)
+    first, second = (run(*with_dropout, [make_batch()], steps=2) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first[2], second[2])
+    without = run(*make_trainer(2), [make_batch()], steps=2)
+    assert not np.allclose(first[2]["heads"]["bias"], without[2]["heads"]["bias"])
+
+
+def test_detection_has_no_dropout_and_keeps_the_order():
+    found = []
+    for functions, trainer in (make_trainer(1), make_trainer(2, dropout=0.5)):
+        found.append(trainer.detect(trainer.replicate(make_state(functions).eval_variables), make_batch()))
+    assert found[0].scores.shape == (4, 10)
+    np.testing.assert_array_equal(found[0].labels, found[1].labels)
+    np.testing.assert_allclose(found[0].boxes_xyxy_px, found[1].boxes_xyxy_px, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("devices", "parts", "row"), [(1, 1, 3), (2, 1, 3), (2, 1, 0), (1, 2, 3), (2, 2, 2)])
+def test_not_finite_predictions_name_the_row_of_the_batch(devices, parts, row):
+    """`row` is the only picture with a target, whose price is NaN: the row is counted over all devices and parts."""
+    functions, trainer = make_trainer(devices)
+    state = make_state(functions)
+    bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params)
+    batch = make_batch([2 * (i == row) for i in range(4)])
+    with pytest.raises(NonFiniteCostError, match=rf"decoder layer 0 is not finite in row {row} of the batch"):
+        trainer.step(trainer.replicate(state.replace(params=bad)), cut(batch, parts))
+
+
+def test_a_batch_that_does_not_divide_is_named():
+    _, trainer = make_trainer(2)
+    with pytest.raises(ValueError, match="a batch of 3 pictures does not divide among 2 devices"):
+        trainer.shard(make_batch((1, 1, 1)))
+
+
+def test_init_makes_a_whole_state():
+    state = make_functions(StandIn(), ema_decay=0.9).init(jax.random.key(0), SHAPE)
+    assert int(state.step) == 0
+    assert state.params["heads"]["kernel"].shape == (7, LAYERS * QUERIES * (CLASSES + 4))
+    jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
+    assert state.constants == {}
+    other = make_functions(StandIn(), ema_decay=0.0).init(jax.random.key(1), SHAPE)
+    assert other.ema_params is None
+    assert (other.rng != state.rng).any()
+    assert (other.params["heads"]["kernel"] != state.params["heads"]["kernel"]).any()
