@@ -67,6 +67,11 @@ def check_config(config: ml_collections.ConfigDict, device_count: int) -> None:
             f"config.model.width is {model.width}; it must be a multiple of 4 (sine and cosine of x and y) and of "
             f"config.model.num_heads, {model.num_heads}"
         )
+    if model.spatial_query == "t" and model.transformation not in ("scalar", "diagonal"):
+        raise ValueError(
+            f"config.model.spatial_query 't' is lambda_q alone, a vector, but config.model.transformation is "
+            f"{model.transformation!r}; use 'scalar' or 'diagonal'"
+        )
     if not 0 <= model.frozen_stages <= 5:
         raise ValueError(f"config.model.frozen_stages is {model.frozen_stages}, expected 0 to 5")
     if not 0 <= model.dropout < 1:

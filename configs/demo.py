@@ -18,10 +18,10 @@ def get_config() -> ml_collections.ConfigDict:
         model.backbone_norm = "group"
         model.frozen_stages = 0
         model.dc5 = True
-        model.width = 64
-        model.num_heads = 4
+        model.width = 128
+        model.num_heads = 8
         model.ffn_width = 256
-        model.encoder_layers = 1
+        model.encoder_layers = 0
         model.decoder_layers = 2
         model.num_queries = 30
         model.dropout = 0.0
@@ -43,12 +43,13 @@ def get_config() -> ml_collections.ConfigDict:
         data.crop_probability = 0.0
         data.eval_short_side_px = 96
 
-        config.optimizer.lr = 1e-3
+        config.optimizer.lr = 5e-4
         config.optimizer.backbone_lr = 1e-3
         config.optimizer.warmup_steps = 50
-        config.optimizer.drop_epoch = 10
+        config.optimizer.clip_norm = 0.0
+        config.optimizer.drop_epoch = 11
 
-        config.train.num_epochs = 12
+        config.train.num_epochs = 14
         config.train.batch_size = 16
         config.train.log_every_steps = 25
         config.eval.batch_size = 20

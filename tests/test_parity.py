@@ -25,7 +25,7 @@ from cdetr_jax.models.resnet import frozen_modules
 from cdetr_jax.structs import Batch, Match, Targets
 from cdetr_jax.training import parallel
 from cdetr_jax.training.optimizer import make_optimizer
-from cdetr_jax.training.step import StepFunctions, TrainState
+from cdetr_jax.training.step import StepFunctions, TrainState, new_rng
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 sys.path.insert(0, str(REFERENCE))
@@ -236,7 +236,7 @@ def test_gradients_and_three_optimizer_steps(case):
         constants=case.variables["constants"],
         opt_state=optimizer.init(params),
         ema_params=None,
-        rng=jax.random.key_data(jax.random.key(0)),
+        rng=jax.random.key_data(new_rng(0)),
     )
     trainer = parallel.Trainer(functions, jax.local_devices()[:1])
     state = trainer.replicate(state)

@@ -14,6 +14,7 @@ from cdetr_jax import build
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.structs import Batch, Targets
 from cdetr_jax.training.parallel import Trainer
+from cdetr_jax.training.step import new_rng
 
 
 def made_up_batch(batch: int, height: int, width: int, targets: int, num_classes: int) -> Batch:
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     schedules = build.make_schedules(config, steps_per_epoch=1000)
     functions = build.make_step_functions(config, num_classes, schedules)
     trainer = Trainer(functions)
-    state = trainer.replicate(functions.init(jax.random.key(0), (height, width)))
+    state = trainer.replicate(functions.init(new_rng(0), (height, width)))
     batch = made_up_batch(arguments.batch, height, width, arguments.targets, num_classes)
     clock = _Clock()
 

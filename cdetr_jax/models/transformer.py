@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from cdetr_jax.models import position
@@ -149,7 +150,12 @@ class ConditionalDecoderLayer(TransformerLayer):
 
 def _same_orthogonal(gain: float) -> nn.initializers.Initializer:
     """Always the same rotation: two projections that start from it keep the dot products of what they project."""
-    return lambda _, shape: nn.initializers.orthogonal(gain)(jax.random.key(0), shape)
+
+    def init(_: Array, shape: tuple[int, int]) -> Array:
+        rotation, _ = np.linalg.qr(np.random.default_rng(0).standard_normal(shape))
+        return jnp.asarray(gain * rotation, jnp.float32)
+
+    return init
 
 
 class SpatialQuery(nn.Module):

@@ -21,7 +21,7 @@ from cdetr_jax.matching.assign import NonFiniteCostError
 from cdetr_jax.structs import Batch
 from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
 from cdetr_jax.training.parallel import Trainer, first
-from cdetr_jax.training.step import TrainState
+from cdetr_jax.training.step import TrainState, new_rng
 
 # Fields that may change between the start of a run and its resumption: they do not touch the weights.
 FREE_GROUPS = ("eval",)
@@ -197,7 +197,7 @@ def _functions(config: ml_collections.ConfigDict, num_classes: int) -> Any:
 
 def _template(config: ml_collections.ConfigDict, functions: Any) -> TrainState:
     shape = tuple(config.data.eval_shapes[0])
-    return jax.eval_shape(lambda: functions.init(jax.random.key(config.seed), shape))
+    return jax.eval_shape(lambda: functions.init(new_rng(config.seed), shape))
 
 
 def _initial_state(
@@ -206,7 +206,7 @@ def _initial_state(
     """The newest checkpoint's state and step, or a new state and 0."""
     step = checkpoints.latest_step()
     if step is None:
-        return functions.init(jax.random.key(config.seed), tuple(config.data.eval_shapes[0])), 0
+        return functions.init(new_rng(config.seed), tuple(config.data.eval_shapes[0])), 0
     state, position = checkpoints.restore(step, _template(config, functions))
     if position["steps_per_epoch"] != steps_per_epoch:
         raise ValueError(

@@ -117,7 +117,7 @@ def test_parameter_counts(variant):
     assert count(variables["constants"]) == 4 * channels  # weight, bias, mean, variance
 
 
-def test_resnet34_counts_less_than_resnet50_with_the_same_blocks():
+def test_resnet34_and_resnet50_have_the_same_blocks():
     names = [set(shapes(variant=variant)["params"]) for variant in ("resnet34", "resnet50")]
     assert names[0] == names[1]
 

@@ -23,7 +23,7 @@ from cdetr_jax.models.detector import Detector
 from cdetr_jax.structs import Batch, Predictions, Targets
 from cdetr_jax.training import parallel
 from cdetr_jax.training.optimizer import make_optimizer
-from cdetr_jax.training.step import StepFunctions, TrainState
+from cdetr_jax.training.step import StepFunctions, TrainState, new_rng
 
 LAYERS, QUERIES, CLASSES, COLUMNS, SHAPE = 2, 5, 3, 7, (4, 6)
 EMA_DECAY = 0.75
@@ -75,7 +75,7 @@ def make_trainer(devices=1, class_loss="focal", dropout=0.0):
 
 def make_state(functions, shape=SHAPE, seed=0):
     """What `StepFunctions.init` makes, from NumPy's random numbers: no initialiser is compiled."""
-    empty = jax.eval_shape(lambda: functions.init(jax.random.key(0), shape))
+    empty = jax.eval_shape(lambda: functions.init(new_rng(0), shape))
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda s: jnp.array(rng.normal(scale=0.3, size=s.shape), s.dtype), empty.params)
     return TrainState(
@@ -84,7 +84,7 @@ def make_state(functions, shape=SHAPE, seed=0):
         constants=jax.tree.map(lambda s: jnp.array(rng.uniform(0.5, 1, s.shape), s.dtype), empty.constants),
         opt_state=functions.optimizer.init(params),
         ema_params=params if functions.ema_decay > 0 else None,
-        rng=jax.random.key_data(jax.random.key(seed)),
+        rng=jax.random.key_data(new_rng(seed)),
     )
 
 
@@ -262,7 +262,7 @@ def test_dropout_masks_follow_seed_step_part_and_device():
 
     def logits(seed, step, part):
         state = make_state(functions)
-        state = state.replace(rng=jax.random.key_data(jax.random.key(seed)), step=jnp.array(step, jnp.int32))
+        state = state.replace(rng=jax.random.key_data(new_rng(seed)), step=jnp.array(step, jnp.int32))
         return np.asarray(trainer.forward(trainer.replicate(state), trainer.shard(same), part)[1].logits)
 
     base = logits(0, 0, 0)
@@ -309,12 +309,12 @@ def test_a_batch_that_does_not_divide_is_named():
 
 
 def test_init_makes_a_whole_state():
-    state = make_functions(StandIn(), ema_decay=0.9).init(jax.random.key(0), SHAPE)
+    state = make_functions(StandIn(), ema_decay=0.9).init(new_rng(0), SHAPE)
     assert int(state.step) == 0
     assert state.params["heads"]["kernel"].shape == (7, LAYERS * QUERIES * (CLASSES + 4))
     jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
     assert state.constants == {}
-    other = make_functions(StandIn(), ema_decay=0.0).init(jax.random.key(1), SHAPE)
+    other = make_functions(StandIn(), ema_decay=0.0).init(new_rng(1), SHAPE)
     assert other.ema_params is None
     assert (other.rng != state.rng).any()
     assert (other.params["heads"]["kernel"] != state.params["heads"]["kernel"]).any()
