@@ -133,6 +133,8 @@ def class_table(categories: Sequence[Category], class_ids: str, num_classes: int
       num_classes: logits; 0: as many as needed.
     Raises: ValueError, if they do not fit.
     """
+    if not categories:
+        raise ValueError("the data set has no categories; add them to its annotations")
     if class_ids == "contiguous":
         table = dict(enumerate(sorted(categories, key=lambda category: category.id)))
     else:

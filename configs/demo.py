@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
         model.width = 128
         model.num_heads = 8
         model.ffn_width = 256
-        model.encoder_layers = 0
+        model.encoder_layers = 1
         model.decoder_layers = 2
         model.num_queries = 30
         model.dropout = 0.0

@@ -37,11 +37,11 @@ def official_name(path: str) -> tuple[str, int | None]:
 
 
 def _to_ours(array: np.ndarray, shape: tuple[int, ...], third: int | None, is_kernel: bool) -> np.ndarray:
-    if third is not None:
+    if third is not None and array.ndim and len(array) % 3 == 0:  # else it stays whole, and is mis-shaped
         array = np.split(array, 3)[third]
     if is_kernel and array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)  # OIHW to HWIO
-        if len(shape) == 2:  # the 1x1 input projection is a matrix product here
+        if len(shape) == 2 and array.shape[:2] == (1, 1):  # the 1x1 input projection is a matrix product here
             array = array[0, 0]
     elif is_kernel:
         array = array.T

@@ -144,7 +144,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
                     _check_finite(*recent[-1])
                 epoch, position = divmod(step, steps_per_epoch)
                 position = {"epoch": epoch, "batch": position, "steps_per_epoch": steps_per_epoch}
-                checkpoints.save(step, first(state), position, scores)
+                saved = first(state)
+                _check_finite_parameters(step, saved.params)
+                checkpoints.save(step, saved, position, scores)
                 timer.report(0)  # evaluating and saving are not part of the next interval's pace
     finally:
         batches.close()
@@ -262,6 +264,12 @@ def _check_finite(step: int, losses: Losses, grad_norm: jax.Array) -> None:
             raise NonFiniteLossError(f"step {step}: the {name} loss is not finite; use a lower config.optimizer.lr")
     if not np.isfinite(np.asarray(grad_norm)).all():
         raise NonFiniteLossError(f"step {step}: the gradient is not finite; use a lower config.optimizer.lr")
+
+
+def _check_finite_parameters(step: int, params: Any) -> None:
+    """Raises NonFiniteLossError: the last update may have overflowed although its loss and gradient did not."""
+    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params)):
+        raise NonFiniteLossError(f"step {step}: a parameter is not finite; use a lower config.optimizer.lr")
 
 
 class _Scalars(NamedTuple):

@@ -1,0 +1,306 @@
+"""From a config to objects: what is refused and how, class tables, every recipe's model, and the published values."""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from cdetr_jax import build
+from cdetr_jax.data.sources import SyntheticShapes
+from cdetr_jax.structs import Category
+from configs import common, demo
+
+RECIPES = sorted(
+    path.stem for path in pathlib.Path(common.__file__).parent.glob("*.py") if path.stem not in ("__init__", "common")
+)
+
+
+def changed(**fields):
+    """The published config with some fields changed; a double underscore stands for the dot."""
+    config = common.get_config()
+    with config.unlocked():
+        for field, value in fields.items():
+            group, name = field.split("__")
+            config[group][name] = value
+    return config
+
+
+# ------------------------------------------------------------------------------------------------- check_config
+
+
+@pytest.mark.parametrize("recipe", ["common", *RECIPES])
+def test_every_recipe_passes(recipe):
+    build.check_config(importlib.import_module(f"configs.{recipe}").get_config(), device_count=1)
+
+
+@pytest.mark.parametrize("field", list(build.CHOICES))
+def test_a_choice_that_there_is_not(field):
+    with pytest.raises(ValueError, match=rf"^config\.{field} is 'hexagon', expected one of ") as error:
+        build.check_config(changed(**{field.replace(".", "__"): "hexagon"}), 1)
+    assert all(choice in str(error.value) for choice in build.CHOICES[field])
+
+
+@pytest.mark.parametrize("field", build.AT_LEAST_ONE)
+def test_a_number_below_one(field):
+    with pytest.raises(ValueError, match=rf"^config\.{field} is 0, expected at least 1$"):
+        build.check_config(changed(**{field.replace(".", "__"): 0}), 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model__width": 254, "model__num_heads": 2}, "config.model.width is 254; it must be a multiple of 4"),
+        ({"model__width": 256, "model__num_heads": 7}, "and of config.model.num_heads, 7"),
+        ({"model__frozen_stages": 6}, "config.model.frozen_stages is 6, expected 0 to 5"),
+        ({"model__frozen_stages": -1}, "config.model.frozen_stages is -1, expected 0 to 5"),
+        ({"model__dropout": 1.0}, "config.model.dropout is 1.0, expected a number from 0 up to 1"),
+        ({"model__dropout": -0.1}, "config.model.dropout is -0.1, expected a number from 0 up to 1"),
+        ({"optimizer__ema_decay": 1.0}, "config.optimizer.ema_decay is 1.0, expected 0, or up to 1"),
+        (
+            {"matcher__class_cost": 0.0, "matcher__l1_cost": 0.0, "matcher__giou_cost": 0.0},
+            "all three costs of config.matcher are 0: any assignment would do; set at least one",
+        ),
+    ],
+)
+def test_a_number_out_of_range(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build.check_config(changed(**fields), 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "devices", "message"),
+    [
+        (30, 1, 8, "config.train.batch_size 30 is not divisible by 8 devices .*accumulation_steps 1; use 24 or 32"),
+        (16, 3, 1, "config.train.batch_size 16 is not divisible by 1 devices .*accumulation_steps 3; use 15 or 18"),
+        (20, 3, 4, "config.train.batch_size 20 is not divisible by 4 devices .*accumulation_steps 3; use 12 or 24"),
+        (3, 1, 5, "config.train.batch_size 3 is not divisible by 5 devices .*accumulation_steps 1; use 5$"),
+    ],
+)
+def test_a_batch_that_does_not_divide(batch, parts, devices, message):
+    config = changed(train__batch_size=batch, train__accumulation_steps=parts, eval__batch_size=40)
+    with pytest.raises(ValueError, match=message):
+        build.check_config(config, devices)
+
+
+def test_an_evaluation_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match="config.eval.batch_size 7 is not divisible by 4 devices; use 8"):
+        build.check_config(changed(eval__batch_size=7), 4)
+
+
+# -------------------------------------------------------------------------------------------------- class_table
+
+KITE, OAK, NEWT = Category(5, "kite"), Category(2, "oak"), Category(90_000, "newt")
+
+
+def test_contiguous_classes_are_ranks_of_the_ids():
+    classes = build.class_table([NEWT, KITE, OAK], "contiguous", 0)
+    assert classes == (OAK, KITE, NEWT)
+    assert build.label_of(classes) == {2: 0, 5: 1, 90_000: 2}
+    assert build.class_table([Category(-3, "below"), KITE], "contiguous", 0) == (Category(-3, "below"), KITE)
+
+
+def test_published_classes_are_the_ids():
+    classes = build.class_table([KITE, OAK], "category_id", 0)
+    assert classes == (None, None, OAK, None, None, KITE)
+    assert build.label_of(classes) == {2: 2, 5: 5}
+
+
+@pytest.mark.parametrize(("class_ids", "expected"), [("contiguous", (OAK, KITE)), ("category_id", (None, None, OAK))])
+def test_logits_to_spare_stand_for_nothing(class_ids, expected):
+    classes = build.class_table([KITE, OAK], class_ids, 7)
+    assert len(classes) == 7
+    assert classes[: len(expected)] == expected
+    assert classes[6] is None
+
+
+@pytest.mark.parametrize(
+    ("categories", "class_ids", "num_classes", "message"),
+    [
+        ([KITE, OAK], "category_id", 5, r"needs 6 class logits .*num_classes is 5; set it to 6, .*=contiguous$"),
+        (
+            [KITE, OAK, NEWT],
+            "contiguous",
+            2,
+            r"needs 3 class logits .*num_classes is 2; set it to 3, .*have it counted$",
+        ),
+        ([NEWT], "category_id", 0, "category ids go up to 90000; use --config.data.class_ids=contiguous"),
+        ([Category(-3, "below"), KITE], "category_id", 0, "category id -3 cannot be a logit; use .*contiguous"),
+    ],
+)
+def test_classes_that_do_not_fit(categories, class_ids, num_classes, message):
+    with pytest.raises(ValueError, match=message):
+        build.class_table(categories, class_ids, num_classes)
+
+
+def test_a_data_set_without_classes():
+    with pytest.raises(ValueError, match="the data set has no categories; add them"):
+        build.class_table([], "contiguous", 0)
+
+
+# -------------------------------------------------------------------------------------------------- make_source
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize(("images", "annotations"), [("", "a.json"), ("folder", ""), ("", "")])
+def test_an_empty_field_is_named(split, images, annotations):
+    config = changed(**{f"data__{split}_images": images, f"data__{split}_annotations": annotations})
+    with pytest.raises(
+        ValueError, match=f"config.data.{split}_images and config.data.{split}_annotations must"
+    ) as error:
+        build.make_source(config, split)
+    assert f"they are {images!r} and {annotations!r}" in str(error.value)
+    assert f"--config.data.{split}_annotations=..." in str(error.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    config = changed(data__train_images=str(tmp_path / "none"), data__train_annotations="a.json")
+    with pytest.raises(FileNotFoundError, match="none: no such folder of pictures"):
+        build.make_source(config, "train")
+
+
+def test_made_up_pictures_of_the_two_sets_differ_for_any_two_seeds():
+    pictures = []
+    for seed in (0, 1, 2):
+        config = demo.get_config()
+        config.seed = seed
+        config.data.synthetic.train_pictures = 3
+        config.data.synthetic.eval_pictures = 2
+        for split, size in (("train", 3), ("eval", 2)):
+            source = build.make_source(config, split)
+            assert isinstance(source, SyntheticShapes)
+            assert len(source) == size
+            pictures.append(source.load_image(0).tobytes())
+    assert len(set(pictures)) == 6
+
+
+# ------------------------------------------------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_builds_its_model(recipe):
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    num_classes = config.model.num_classes or 5
+    functions = build.make_step_functions(config, num_classes, build.make_schedules(config, 1000))
+    batch, (height, width) = 2, (64, 96)
+    model = functions.model
+
+    def run():
+        images, sizes = np.zeros((batch, height, width, 3), np.uint8), np.full((batch, 2), height, np.int32)
+        return model.init_with_output(jax.random.key(0), images, sizes)
+
+    predictions, variables = jax.eval_shape(run)
+    logits = num_classes + (config.model.class_loss == "softmax")
+    layers, queries = config.model.decoder_layers, config.model.num_queries
+    assert predictions.logits.shape == (layers, batch, queries, logits)
+    assert predictions.boxes_cxcywh.shape == (layers, batch, queries, 4)
+    assert variables["params"]["query_embed"].shape == (queries, config.model.width)
+
+
+EXPECTED = {  # backbone, dc5, decoder, queries, class loss
+    "conditional_detr_r50": ("resnet50", False, "conditional", 300, "focal"),
+    "conditional_detr_r50_dc5": ("resnet50", True, "conditional", 300, "focal"),
+    "conditional_detr_r101": ("resnet101", False, "conditional", 300, "focal"),
+    "conditional_detr_r101_dc5": ("resnet101", True, "conditional", 300, "focal"),
+    "detr_r50": ("resnet50", False, "detr", 100, "softmax"),
+    "detr_r50_dc5": ("resnet50", True, "detr", 100, "softmax"),
+    "detr_r101": ("resnet101", False, "detr", 100, "softmax"),
+    "detr_r101_dc5": ("resnet101", True, "detr", 100, "softmax"),
+}
+
+
+@pytest.mark.parametrize("epochs", ["12", "36", "50", "75", "108"])
+@pytest.mark.parametrize("recipe", list(EXPECTED))
+def test_every_schedule_of_every_published_recipe(recipe, epochs):
+    config = importlib.import_module(f"configs.{recipe}").get_config(epochs)
+    model, detr = config.model, config.model.decoder == "detr"
+    found = (model.backbone, model.dc5, model.decoder, model.num_queries, model.class_loss)
+    assert found == EXPECTED[recipe]
+    assert config.train.num_epochs == int(epochs)
+    drop = {"12": 11, "36": 30, "50": 40, "75": 60, "108": 80}[epochs]
+    assert config.optimizer.drop_epoch == drop
+    assert model.box_offset is not detr
+    assert config.matcher.class_cost == config.loss.class_weight == (1.0 if detr else 2.0)
+    schedules = build.make_schedules(config, steps_per_epoch=7)
+    for schedule, lr in ((schedules.lr, 1e-4), (schedules.backbone_lr, 1e-5)):
+        np.testing.assert_allclose([float(schedule(step)) for step in (0, 7 * drop - 1)], lr, rtol=1e-6)
+        np.testing.assert_allclose(float(schedule(7 * drop)), lr / 10, rtol=1e-6)
+
+
+def test_a_schedule_that_there_is_not():
+    with pytest.raises(ValueError, match="there is no recipe for 13 epochs, only for 12, 36, 50, 75, 108"):
+        common.get_config("13")
+
+
+def test_the_published_values():
+    config = common.get_config()
+    expected = {
+        "model": {
+            "decoder": "conditional",
+            "backbone": "resnet50",
+            "backbone_width": 64,
+            "backbone_norm": "frozen_batch",
+            "frozen_stages": 2,
+            "dc5": False,
+            "width": 256,
+            "num_heads": 8,
+            "ffn_width": 2048,
+            "encoder_layers": 6,
+            "decoder_layers": 6,
+            "num_queries": 300,
+            "dropout": 0.1,
+            "num_classes": 91,
+            "class_loss": "focal",
+            "box_offset": True,
+            "reference_point": "predicted",
+            "spatial_query": "full",
+            "transformation": "diagonal",
+            "temperature": 10000.0,
+            "local_gain": 0.0,
+            "compute_dtype": "float32",
+        },
+        "matcher": {"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0},
+        "loss": {
+            "class_weight": 2.0,
+            "l1_weight": 5.0,
+            "giou_weight": 2.0,
+            "focal_alpha": 0.25,
+            "focal_gamma": 2.0,
+            "no_object_weight": 0.1,
+        },
+        "optimizer": {
+            "lr": 1e-4,
+            "backbone_lr": 1e-5,
+            "weight_decay": 1e-4,
+            "clip_norm": 0.1,
+            "warmup_steps": 0,
+            "drop_epoch": 40,
+            "drop_factor": 0.1,
+            "ema_decay": 0.0,
+        },
+    }
+    for group, fields in expected.items():
+        assert config[group].to_dict() == fields
+    assert (config.train.batch_size, config.train.num_epochs, config.eval.top_k) == (16, 50, 100)
+    data = config.data
+    assert data.short_sides_px == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    assert (data.long_side_max_px, data.eval_short_side_px) == (1333, 800)
+    assert (data.flip_probability, data.crop_probability) == (0.5, 0.5)
+    assert (data.crop_short_sides_px, data.crop_sides_px) == ((400, 500, 600), (384, 600))
+    assert data.class_ids == "category_id"
+
+
+@pytest.mark.parametrize("recipe", ["common", *RECIPES])
+def test_every_recipe_is_locked_and_can_be_written_down(recipe):
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    assert json.loads(json.dumps(config.to_dict()))["seed"] == 0
+    with pytest.raises(AttributeError, match="learning_rate"):
+        config.optimizer.learning_rate = 1.0
+
+
+def test_the_compute_dtype_reaches_the_model():
+    assert build.make_model(changed(model__compute_dtype="bfloat16"), 3).dtype == jax.numpy.bfloat16
+    assert build.make_model(common.get_config(), 3).dtype == jax.numpy.float32
+    assert build.make_model(common.get_config(), 3).num_classes == 3

@@ -1,0 +1,427 @@
+"""Whole runs on pictures of 32 x 32 pixels: train, stop, go on, be killed, evaluate, predict, and what they refuse.
+
+To keep this short the backbone has one block a stage, and runs of one model share what they compile; only the run that
+is killed is a process of its own.
+"""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+import cdetr_jax
+from cdetr_jax import build
+from cdetr_jax.checkpoints.io import Checkpoints
+from cdetr_jax.data.sources import BadPictureError
+from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics
+from cdetr_jax.models import resnet
+from cdetr_jax.training import loop, parallel
+from cdetr_jax.training.step import StepFunctions, new_rng
+from cdetr_jax.visualization.curve import read_metrics
+from configs import demo
+
+STEPS_PER_EPOCH, STEPS = 3, 9
+ONE_BLOCK_A_STAGE = (1, 1, 1, 1)
+CLOCK = ("images_per_second", "data_percent", "match_percent")
+
+
+def make_config(**groups):
+    """Dropout, accumulation and the moving average are on; each step is logged and saved; no evaluation."""
+    config = demo.get_config()
+    groups = {"model": {}, "data": {}, "synthetic": {}, "optimizer": {}, "train": {}, "eval": {}} | groups
+    synthetic = {"train_pictures": 12, "eval_pictures": 3, "height": 32, "width": 32, "max_objects": 4}
+    config.model.update(
+        {"backbone_width": 8, "width": 16, "num_heads": 2, "ffn_width": 16, "num_queries": 7, "dropout": 0.1}
+        | {"dc5": False}
+        | groups["model"]
+    )
+    config.data.update(
+        {"train_shapes": ((32, 32),), "eval_shapes": ((32, 32),), "short_sides_px": (32,), "long_side_max_px": 32}
+        | {"eval_short_side_px": 32, "max_targets": 4, "synthetic": synthetic | groups["synthetic"]}
+        | groups["data"]
+    )
+    config.optimizer.update({"ema_decay": 0.9, "warmup_steps": 4} | groups["optimizer"])
+    config.train.update(
+        {"batch_size": 4, "accumulation_steps": 2, "num_epochs": STEPS // STEPS_PER_EPOCH, "log_every_steps": 1}
+        | {"checkpoint_every_steps": 1, "keep_checkpoints": STEPS}
+        | groups["train"]
+    )
+    config.eval.update({"batch_size": 2, "every_epochs": 0} | groups["eval"])
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of one model share step functions, first parameters and compiled programs; the seed is 0 in all of them."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+    make_step_functions, init = build.make_step_functions, StepFunctions.init
+    functions_of, states = {}, {}
+
+    def shared_functions(config, num_classes, schedules):
+        # Not the steps an epoch, which move the drop of the learning rate: it comes after all of these runs.
+        groups = (config.model, config.matcher, config.loss, config.optimizer, config.eval)
+        key = (num_classes, *(json.dumps(group.to_dict() | {"every_epochs": 0}) for group in groups))
+        if key not in functions_of:
+            functions_of[key] = make_step_functions(config, num_classes, schedules)
+        return functions_of[key]
+
+    def shared_init(self, rng, image_shape):
+        if id(self) not in states:
+            with jax.ensure_compile_time_eval():
+                states[id(self)] = jax.tree.map(np.asarray, init(self, new_rng(0), image_shape))
+        return states[id(self)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(resnet.STAGE_SIZES, "resnet18", ONE_BLOCK_A_STAGE)
+        patch.setattr(build, "make_step_functions", shared_functions)
+        patch.setattr(StepFunctions, "init", shared_init)
+        patch.setattr(StepFunctions, "__hash__", object.__hash__)
+        patch.setattr(loop, "Trainer", functools.cache(parallel.Trainer))
+        yield settings
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(compiled_once, tmp_path_factory):
+    """A whole run without any stop, evaluated at its end. Returns: config, workdir, the last evaluation's numbers."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    config = make_config(eval={"every_epochs": 3})
+    return config, workdir, loop.train_and_evaluate(config, workdir)
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def saved_state(workdir, step):
+    """All arrays of a checkpoint and its position, under the names that are in the file."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    config = loop.run_files.load_config(workdir)
+    functions = loop._functions(config, len(loop.run_files.load_classes(workdir)))
+    state, position = checkpoints.restore(step, loop._template(config, functions))
+    checkpoints.close()
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}, position
+
+
+def check_same(workdir, other, step):
+    """Every bit of the state and the position."""
+    (state, position), (expected, expected_position) = saved_state(workdir, step), saved_state(other, step)
+    assert position == expected_position
+    assert state.keys() == expected.keys()
+    different = [name for name, leaf in state.items() if leaf.tobytes() != expected[name].tobytes()]
+    assert different == []
+
+
+def rows_without_clock(workdir, kind="train"):
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row["kind"] == kind]
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+
+
+def copy_run(undisturbed, workdir, *, without=()):
+    shutil.copytree(undisturbed[1], workdir)
+    for name in without:
+        (workdir / name).unlink()
+    return workdir
+
+
+# ------------------------------------------------------------------------------------------------- a whole cycle
+
+
+def test_the_metrics_file_tells_every_step(undisturbed):
+    config, workdir, summary = undisturbed
+    train, evaluated = rows_without_clock(workdir), rows_without_clock(workdir, "eval")
+    assert [row["step"] for row in train] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([row["epoch"] for row in train], np.arange(1, STEPS + 1) / STEPS_PER_EPOCH)
+    terms = [f"loss_{term}{layer}" for term in ("class", "l1", "giou") for layer in ("", "_layer0", "_layer1")]
+    others = ["step", "epoch", "kind", "loss", "grad_norm", "class_error", "cardinality_error", "lr", "backbone_lr"]
+    for row in train:
+        assert sorted(row) == sorted(terms + others)
+        sums = row["loss_class"] + row["loss_l1"] + row["loss_giou"]
+        np.testing.assert_allclose(sums, row["loss"], rtol=1e-5)  # sums of float32 in another order
+        assert row["grad_norm"] > 0
+    lr = np.array([0.25, 0.5, 0.75] + [1.0] * 6) * config.optimizer.lr
+    np.testing.assert_allclose([row["lr"] for row in train], lr, rtol=1e-6)
+    np.testing.assert_allclose([row["backbone_lr"] for row in train], lr, rtol=1e-6)  # the demo's are equal
+    assert all(name in read_metrics(workdir / "metrics.jsonl")[1] for name in CLOCK)
+    assert [row["step"] for row in evaluated] == [STEPS]
+    assert {name: evaluated[0][name] for name in SUMMARY} == summary
+    assert len(summary) == 12
+
+
+def test_evaluate_gives_the_number_of_the_run_and_uses_the_moving_average(undisturbed, monkeypatch):
+    config, workdir, summary = undisturbed
+    seen = []
+    original = loop._evaluate
+    monkeypatch.setattr(loop, "_evaluate", lambda c, t, variables, *rest: seen.append(variables) or original(c, t, variables, *rest))  # fmt: skip  # noqa: E501
+    assert loop.evaluate(config, workdir, "latest").summary == summary
+    state, _ = loop.load_state(config, workdir, 5, "latest")
+    used = jax.tree.map(lambda x: np.asarray(x)[0], seen[0]["params"])
+    jax.tree.map(np.testing.assert_array_equal, used, state.ema_params)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.ema_params, state.params)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_predict_reads_the_workdir(undisturbed):
+    detector = cdetr_jax.Detector.from_workdir(undisturbed[1])
+    picture = np.full((20, 40, 3), 77, np.uint8)
+    found = detector(picture, threshold=0.0)
+    assert len(found) == 7 * 5  # every pair of query and class: top_k is more
+    assert set(found.names) == {"disc", "square", "triangle", "cross", "ring"}
+    assert set(found.class_ids.tolist()) == {1, 2, 3, 5, 8}
+    assert (np.diff(found.scores) <= 0).all()
+    assert len(detector(picture, threshold=1.0)) == 0
+    with pytest.raises(ValueError, match=r"a picture is a uint8 array \[H, W, 3\]; this is float64 \[2, 2, 3\]"):
+        detector(np.zeros((2, 2, 3)))
+
+
+def test_a_complete_run_is_left_alone(undisturbed, tmp_path):
+    workdir = copy_run(undisturbed, tmp_path / "w")
+    before = (workdir / "metrics.jsonl").read_text()
+    assert loop.train_and_evaluate(undisturbed[0], workdir) is None
+    assert saved_steps(workdir) == list(range(1, STEPS + 1))
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+# -------------------------------------------------------------------------------------------------------- resume
+
+
+def test_stopping_at_every_checkpoint_changes_nothing(undisturbed, tmp_path):
+    for steps in range(1, STEPS + 1):
+        loop.train_and_evaluate(make_config(train={"max_steps": steps, "keep_checkpoints": 2}), tmp_path)
+    assert saved_steps(tmp_path) == [STEPS - 1, STEPS]
+    check_same(tmp_path, undisturbed[1], STEPS)
+    assert rows_without_clock(tmp_path) == rows_without_clock(undisturbed[1])
+
+
+KILLED = """
+import json, sys
+import ml_collections
+from cdetr_jax.models import resnet
+resnet.STAGE_SIZES["resnet18"] = tuple(json.loads(sys.argv[3]))
+from cdetr_jax.training.loop import train_and_evaluate
+train_and_evaluate(ml_collections.ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(undisturbed, compiled_once, tmp_path):
+    config = make_config()
+    environment = os.environ | {name.upper(): str(value) for name, value in compiled_once.items()}
+    arguments = [json.dumps(config.to_dict()), str(tmp_path), json.dumps(ONE_BLOCK_A_STAGE)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, *arguments], env=environment | {"JAX_PLATFORMS": "cpu"}, stderr=log
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while not (tmp_path / "checkpoints").is_dir() or not saved_steps(tmp_path):
+                assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            time.sleep(random.uniform(0, 0.3))
+        finally:
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert 1 <= saved_steps(tmp_path)[-1] < STEPS
+    loop.train_and_evaluate(config, tmp_path)
+    check_same(tmp_path, undisturbed[1], STEPS)
+    assert rows_without_clock(tmp_path) == rows_without_clock(undisturbed[1])
+
+
+# --------------------------------------------------------------------------------------------- what is kept
+
+
+def test_the_last_and_the_best_by_ap_are_kept(compiled_once, tmp_path, monkeypatch):
+    precisions = iter((0.2, 0.5, 0.3))
+
+    def made_up(*_):
+        return CocoMetrics(dict.fromkeys(SUMMARY, 0.0) | {"AP": next(precisions)}, {}, {})
+
+    monkeypatch.setattr(loop, "coco_average_precision", made_up)
+    config = make_config(train={"checkpoint_every_steps": 100, "keep_checkpoints": 1}, eval={"every_epochs": 1})
+    assert loop.train_and_evaluate(config, tmp_path)["AP"] == 0.3
+    assert saved_steps(tmp_path) == [6, 9]
+    best, step = loop.load_state(config, tmp_path, 5, "best")
+    assert (step, int(best.step)) == (6, 6)
+    latest, step = loop.load_state(config, tmp_path, 5, "latest")
+    assert (step, int(latest.step)) == (9, 9)
+    assert [row["AP"] for row in rows_without_clock(tmp_path, "eval")] == [0.2, 0.5, 0.3]
+
+
+def test_best_is_the_newest_where_none_was_evaluated(undisturbed, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"weight": np.full(2, step)}, {"epoch": 0})
+    checkpoints.close()
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert (reader.best_step(), reader.latest_step()) == (3, 3)
+    state, position = reader.restore(2, {"weight": jax.ShapeDtypeStruct((2,), np.int64)})
+    reader.close()
+    assert state["weight"].tolist() == [2, 2]
+    assert position == {"epoch": 0}
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def test_another_model_in_the_same_workdir_is_refused(undisturbed, tmp_path):
+    workdir = copy_run(undisturbed, tmp_path / "w")
+    config = make_config(model={"ffn_width": 20}, optimizer={"lr": 3e-4}, train={"num_epochs": 5})
+    with pytest.raises(ValueError, match="holds another run") as error:
+        loop.train_and_evaluate(config, workdir)
+    assert "config.model.ffn_width was 16, is 20" in str(error.value)
+    assert "config.optimizer.lr was 0.001, is 0.0003" in str(error.value)
+    assert "num_epochs" not in str(error.value)  # may change
+    assert saved_steps(workdir) == list(range(1, STEPS + 1))
+
+
+def test_other_steps_an_epoch_are_refused(undisturbed, tmp_path):
+    workdir = copy_run(undisturbed, tmp_path / "w", without=["config.json"])
+    with pytest.raises(ValueError, match=r"has 3 steps an epoch, but .* now give 4; use the same data"):
+        loop.train_and_evaluate(make_config(synthetic={"train_pictures": 16}), workdir)
+
+
+def test_other_shapes_are_refused_with_their_names(undisturbed, tmp_path):
+    workdir = copy_run(undisturbed, tmp_path / "w", without=["config.json"])
+    config = make_config(model={"num_queries": 5, "encoder_layers": 2, "decoder_layers": 1})
+    with pytest.raises(ValueError, match="checkpoint 9 in .* does not fit the config's model and optimizer") as error:
+        loop.train_and_evaluate(config, workdir)
+    missing, rest = str(error.value).split("missing ")[1].split(", unused ")
+    unused, misshapen = rest.split(", mis-shaped ")
+    assert "ema_params/transformer/encoder_layers_1/" in missing
+    assert "ema_params/transformer/decoder_layers_1/" in unused
+    assert "ema_params/query_embed (7, 16), expected (5, 16)" in misshapen
+
+
+def test_no_pictures_for_one_batch(tmp_path):
+    with pytest.raises(
+        ValueError, match="3 pictures do not fill one batch of 4; use a smaller config.train.batch_size"
+    ):
+        loop.train_and_evaluate(make_config(synthetic={"train_pictures": 3}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("every", "log", "message"),
+    [
+        (1, 1, "step 2: a parameter is not finite"),
+        (100, 1, "step 3: the matching cost of decoder layer 0 is not finite in row . of the batch, picture synthetic"),
+        (
+            100,
+            100,
+            "step 3: the matching cost of decoder layer 0 is not finite in row . of the batch, picture synthetic",
+        ),
+    ],
+)
+def test_parameters_that_are_not_finite_end_the_run_unsaved(every, log, message, undisturbed, tmp_path, monkeypatch):
+    trainer = loop.Trainer(loop._functions(make_config(), 5))
+    apply, calls = trainer.apply, []
+
+    def poisoned(state, grads):
+        state, norm = apply(state, grads)
+        calls.append(norm)
+        if len(calls) == 2:
+            state = state.replace(params=state.params | {"query_embed": state.params["query_embed"] * np.nan})
+        return state, norm
+
+    monkeypatch.setattr(trainer, "apply", poisoned)
+    config = make_config(train={"checkpoint_every_steps": every, "log_every_steps": log})
+    with pytest.raises(loop.NonFiniteLossError, match=message):
+        loop.train_and_evaluate(config, tmp_path)
+    assert saved_steps(tmp_path) == ([1] if every == 1 else [])
+    for step in saved_steps(tmp_path):
+        assert all(np.isfinite(leaf).all() for leaf in saved_state(tmp_path, step)[0].values())
+
+
+@pytest.mark.parametrize("field", ["class_loss", "giou_loss"])
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(field, undisturbed, tmp_path, monkeypatch):
+    trainer = loop.Trainer(loop._functions(make_config(), 5))
+    backward, calls = trainer.backward, []
+
+    def poisoned(*arguments):
+        grads, losses = backward(*arguments)
+        calls.append(1)
+        if len(calls) == 3:  # two parts a step
+            losses = losses.replace(**{field: getattr(losses, field) * np.inf})
+        return grads, losses
+
+    monkeypatch.setattr(trainer, "backward", poisoned)
+    name = {"class_loss": "class", "giou_loss": "GIoU"}[field]
+    # Neither logged nor saved at step 2: seen at the next step.
+    config = make_config(train={"checkpoint_every_steps": 100, "log_every_steps": 100})
+    with pytest.raises(loop.NonFiniteLossError, match=f"step 2: the {name} loss is not finite; use a lower"):
+        loop.train_and_evaluate(config, tmp_path)
+    assert saved_steps(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------- a damaged picture
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A COCO folder of 12 JPEG files, one of them cut off."""
+    rng = np.random.default_rng(0)
+    names = [f"picture_{i}.jpg" for i in range(12)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / name)
+    content = (tmp_path / names[7]).read_bytes()
+    (tmp_path / names[7]).write_bytes(content[: len(content) // 2])
+    (tmp_path / "instances.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": i, "file_name": name, "height": 32, "width": 32} for i, name in enumerate(names)],
+                "annotations": [
+                    {"id": i, "image_id": i, "category_id": 10 * (i % 5), "bbox": [3, 5, 17, 11]} for i in range(12)
+                ],
+                "categories": [{"id": 10 * i, "name": f"kind {i}"} for i in range(5)],
+            }
+        )
+    )
+    return {
+        "source": "coco_folder",
+        "train_images": str(tmp_path),
+        "train_annotations": str(tmp_path / "instances.json"),
+    }
+
+
+def test_a_damaged_picture_stops_the_run_and_is_named(damaged, undisturbed, tmp_path):
+    with pytest.raises(BadPictureError, match=r'picture_7\.jpg: cannot read .*config\.data\.on_error = "skip"'):
+        loop.train_and_evaluate(make_config(data=damaged), tmp_path / "w")
+
+
+def test_a_damaged_picture_is_skipped_where_asked_for(damaged, undisturbed, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(loop.logging, "warning", lambda text, *values: warnings.append(text % values))
+    config = make_config(
+        data=damaged | {"on_error": "skip", "max_bad_fraction": 0.1}, train={"max_steps": STEPS_PER_EPOCH}
+    )
+    loop.train_and_evaluate(config, tmp_path / "w")
+    assert saved_steps(tmp_path / "w") == [1, 2, 3]
+    assert warnings[-1] == "1 damaged pictures were skipped: ['picture_7.jpg']"
+
+
+def test_a_config_read_back_is_the_config(undisturbed):
+    config, workdir, _ = undisturbed
+    assert json.dumps(loop.run_files.load_config(workdir).to_dict()) == json.dumps(config.to_dict())
+    assert isinstance(loop.run_files.load_config(workdir), ml_collections.ConfigDict)
