@@ -9,7 +9,7 @@ import ml_collections
 from cdetr_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
 from cdetr_jax.data.plan import Augmentation
 from cdetr_jax.data.sources import CocoFolder, Source, SyntheticShapes
-from cdetr_jax.models.detector import Detector
+from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.models.resnet import NORMS, STAGE_SIZES, frozen_modules
 from cdetr_jax.models.transformer import REFERENCE_POINTS, SPATIAL_QUERIES, TRANSFORMATIONS
 from cdetr_jax.structs import Category
@@ -158,11 +158,11 @@ def label_of(classes: ClassTable) -> dict[int, int]:
     return {category.id: logit for logit, category in enumerate(classes) if category is not None}
 
 
-def make_model(config: ml_collections.ConfigDict, num_classes: int) -> Detector:
+def make_model(config: ml_collections.ConfigDict, num_classes: int) -> DetectionTransformer:
     """The detector, with so many class logits (`config.model.num_classes` may leave it to the data)."""
     fields = config.model.to_dict()
     dtype = jnp.dtype(fields.pop("compute_dtype"))
-    return Detector(**(fields | {"num_classes": num_classes}), dtype=dtype)
+    return DetectionTransformer(**(fields | {"num_classes": num_classes}), dtype=dtype)
 
 
 class Schedules(NamedTuple):

@@ -92,7 +92,7 @@ class Predictions:
 
 @struct.dataclass
 class Match:
-    """The query that answers for each target, per layer; rows of padded targets hold 0."""
+    """The query that answers for each target, per layer; -1 for padded targets and those that got none."""
 
     queries: Int[Array, "L B T"]
 

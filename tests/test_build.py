@@ -86,7 +86,7 @@ def test_a_batch_that_does_not_divide(batch, parts, devices, message):
 
 
 def test_an_evaluation_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match="config.eval.batch_size 7 is not divisible by 4 devices; use 8"):
+    with pytest.raises(ValueError, match=r"config\.eval\.batch_size 7 is not divisible by 4 devices; use 8"):
         build.check_config(changed(eval__batch_size=7), 4)
 
 

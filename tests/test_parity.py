@@ -20,7 +20,7 @@ from cdetr_jax.evaluation.postprocess import postprocess
 from cdetr_jax.losses.criterion import Counts, criterion
 from cdetr_jax.matching.assign import assign
 from cdetr_jax.matching.cost import matching_cost
-from cdetr_jax.models.detector import Detector, padding_mask
+from cdetr_jax.models.detector import DetectionTransformer, padding_mask
 from cdetr_jax.models.resnet import frozen_modules
 from cdetr_jax.structs import Batch, Match, Targets
 from cdetr_jax.training import parallel
@@ -36,7 +36,7 @@ import formula  # noqa: E402
 FORWARD, GRADIENT, STEPS, DELTAS = 1e-4, 1e-3, 1e-3, 1e-2
 
 
-class NormalizedDetector(Detector):
+class NormalizedDetector(DetectionTransformer):
     """Takes pictures that are normalised already, as the reference was run with."""
 
     def __call__(self, images, sizes_hw, train=False):

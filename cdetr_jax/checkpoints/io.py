@@ -39,7 +39,8 @@ class Checkpoints:
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
             ),
-            item_names=("state", "position"),
+            # Without these a manager that has saved nothing yet cannot tell the shapes of what it holds.
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()},
         )
 
     def save(self, step: int, state: Any, position: dict[str, int], metrics: dict[str, float] | None = None) -> None:

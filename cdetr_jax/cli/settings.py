@@ -2,6 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -22,33 +25,44 @@ def read_config(path: str, fields: list[str]) -> ml_collections.ConfigDict:
     # A recipe may import its neighbours as `configs.common`.
     sys.path.insert(0, os.getcwd())
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    return _parse(values, ["cdetr", f"--config={path}", *fields])
+    argv = ["cdetr", f"--config={path}", *fields]
+    return _parse(values, argv, lambda: config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv))
 
 
 def change_config(config: ml_collections.ConfigDict, fields: list[str]) -> ml_collections.ConfigDict:
     """A run's own config with the command line's changes; as `read_config`."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
-    return _parse(values, ["cdetr", *fields])
+    argv = ["cdetr", *fields]
+    return _parse(
+        values, argv, lambda: config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    )
 
 
-def _parse(values: flags.FlagValues, argv: list[str]) -> ml_collections.ConfigDict:
+def _parse(values: flags.FlagValues, argv: list[str], define: Callable[[], Any]) -> ml_collections.ConfigDict:
     try:
+        define()  # which already looks up the fields of a config that is there
         values(argv)
         return values["config"].value
     except (AttributeError, KeyError) as error:  # such as: 'lrr'\nDid you mean "lr" instead of "lrr"?
-        raise ValueError(f"there is no such config field: {' '.join(str(error.args[0]).split())}") from error
+        message = error.args[0]
+        if isinstance(message, KeyError):  # an AttributeError holds the KeyError, whose own text is quoted
+            message = message.args[0]
+        raise ValueError(f"there is no such config field: {' '.join(str(message).split())}") from error
     except (TypeError, flags.Error) as error:
         raise ValueError(str(error)) from error
 
 
 def set_up_logging() -> None:
-    """Our lines on standard error with the time only; a library's only where they warn."""
+    """Our lines on standard error with the time only; a library's only where they warn.
+
+    Orbax warns at every checkpoint that was not evaluated; most are not, on purpose.
+    """
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.INFO)
     handler = absl_logging.get_absl_handler()
-    handler.addFilter(lambda record: record.levelno >= 30 or "cdetr_jax" in record.pathname)
+    ours = str(Path(__file__).parents[1])
+    handler.addFilter(lambda record: record.levelno >= 30 or record.pathname.startswith(ours))
+    handler.addFilter(lambda record: "tracked_metric" not in record.getMessage())
     handler.setFormatter(_Plain())
 
 

@@ -57,7 +57,7 @@ def resize_mask(mask: Bool[Array, "B H W"], shape_hw: tuple[int, int]) -> Bool[A
     return mask[:, jnp.array(rows)][:, :, jnp.array(columns)]
 
 
-class Detector(nn.Module):
+class DetectionTransformer(nn.Module):
     """Conditional DETR, or DETR with `decoder="detr"`.
 
     Attributes:

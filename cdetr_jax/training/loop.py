@@ -63,6 +63,11 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     _check_same_run(config, workdir)
 
     steps_per_epoch = len(source) // config.train.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"{len(source)} pictures do not fill one batch of {config.train.batch_size}; use a smaller "
+            "config.train.batch_size"
+        )
     schedules = build.make_schedules(config, steps_per_epoch)
     functions = build.make_step_functions(config, len(classes), schedules)
     trainer = Trainer(functions)

@@ -16,8 +16,8 @@ from cdetr_jax.training.step import AXIS, StepFunctions, TrainState
 
 
 def first(tree: Any) -> Any:
-    """The first local device's copy of a replicated tree."""
-    return jax.tree.map(lambda x: x[0], tree)
+    """The first local device's copy of a replicated tree, as NumPy arrays of its own."""
+    return jax.tree.map(lambda x: np.array(x.addressable_data(0)).reshape(x.shape[1:]), tree)
 
 
 class Trainer:

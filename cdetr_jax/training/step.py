@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from cdetr_jax.evaluation.postprocess import postprocess
 from cdetr_jax.losses.criterion import Counts, Losses, criterion
 from cdetr_jax.matching.cost import matching_cost
-from cdetr_jax.models.detector import Detector
+from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.structs import Batch, Detections, Match, Predictions, Targets
 
 AXIS = "devices"
@@ -74,7 +74,7 @@ class StepFunctions:
       top_k: detections per picture.
     """
 
-    model: Detector = struct.field(pytree_node=False)
+    model: DetectionTransformer = struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
     cost_settings: dict[str, Any] = struct.field(pytree_node=False)
     loss_settings: dict[str, Any] = struct.field(pytree_node=False)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from cdetr_jax.models import detector, resnet
-from cdetr_jax.models.detector import Detector, inverse_sigmoid, normalize, padding_mask, resize_mask
+from cdetr_jax.models.detector import DetectionTransformer, inverse_sigmoid, normalize, padding_mask, resize_mask
 
 IMAGE = jax.ShapeDtypeStruct((1, 64, 96, 3), jnp.uint8)
 
 
 def shapes(**settings):
-    return jax.eval_shape(Detector(**settings).init, jax.random.key(0), IMAGE, jnp.array([[64, 96]]))
+    return jax.eval_shape(DetectionTransformer(**settings).init, jax.random.key(0), IMAGE, jnp.array([[64, 96]]))
 
 
 def count(tree):
@@ -147,7 +147,7 @@ def short():
 
 def make_variables(**settings):
     """Random values; the heads as they are initialised."""
-    model = Detector(**TINY | settings)
+    model = DetectionTransformer(**TINY | settings)
     images, sizes = jnp.zeros((1, 64, 96, 3), jnp.uint8), jnp.array([[64, 96]])
     empty = jax.eval_shape(model.init, jax.random.key(0), images, sizes)
     rng = np.random.default_rng(0)
@@ -172,7 +172,7 @@ def pictures():
 
 @functools.cache
 def runner(**settings):
-    return jax.jit(functools.partial(Detector(**TINY | settings).apply, train=False))
+    return jax.jit(functools.partial(DetectionTransformer(**TINY | settings).apply, train=False))
 
 
 @pytest.fixture(scope="module")

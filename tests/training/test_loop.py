@@ -52,7 +52,9 @@ def make_config(**groups):
         | {"eval_short_side_px": 32, "max_targets": 4, "synthetic": synthetic | groups["synthetic"]}
         | groups["data"]
     )
-    config.optimizer.update({"ema_decay": 0.9, "warmup_steps": 4} | groups["optimizer"])
+    config.optimizer.update(
+        {"lr": 1e-3, "backbone_lr": 5e-4, "ema_decay": 0.9, "warmup_steps": 4} | groups["optimizer"]
+    )
     config.train.update(
         {"batch_size": 4, "accumulation_steps": 2, "num_epochs": STEPS // STEPS_PER_EPOCH, "log_every_steps": 1}
         | {"checkpoint_every_steps": 1, "keep_checkpoints": STEPS}
@@ -151,7 +153,7 @@ def copy_run(undisturbed, workdir, *, without=()):
 
 
 def test_the_metrics_file_tells_every_step(undisturbed):
-    config, workdir, summary = undisturbed
+    _, workdir, summary = undisturbed
     train, evaluated = rows_without_clock(workdir), rows_without_clock(workdir, "eval")
     assert [row["step"] for row in train] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([row["epoch"] for row in train], np.arange(1, STEPS + 1) / STEPS_PER_EPOCH)
@@ -162,9 +164,9 @@ def test_the_metrics_file_tells_every_step(undisturbed):
         sums = row["loss_class"] + row["loss_l1"] + row["loss_giou"]
         np.testing.assert_allclose(sums, row["loss"], rtol=1e-5)  # sums of float32 in another order
         assert row["grad_norm"] > 0
-    lr = np.array([0.25, 0.5, 0.75] + [1.0] * 6) * config.optimizer.lr
-    np.testing.assert_allclose([row["lr"] for row in train], lr, rtol=1e-6)
-    np.testing.assert_allclose([row["backbone_lr"] for row in train], lr, rtol=1e-6)  # the demo's are equal
+    warmup = np.array([0.25, 0.5, 0.75] + [1.0] * 6)
+    np.testing.assert_allclose([row["lr"] for row in train], 1e-3 * warmup, rtol=1e-6)
+    np.testing.assert_allclose([row["backbone_lr"] for row in train], 5e-4 * warmup, rtol=1e-6)
     assert all(name in read_metrics(workdir / "metrics.jsonl")[1] for name in CLOCK)
     assert [row["step"] for row in evaluated] == [STEPS]
     assert {name: evaluated[0][name] for name in SUMMARY} == summary
@@ -173,9 +175,13 @@ def test_the_metrics_file_tells_every_step(undisturbed):
 
 def test_evaluate_gives_the_number_of_the_run_and_uses_the_moving_average(undisturbed, monkeypatch):
     config, workdir, summary = undisturbed
-    seen = []
-    original = loop._evaluate
-    monkeypatch.setattr(loop, "_evaluate", lambda c, t, variables, *rest: seen.append(variables) or original(c, t, variables, *rest))  # fmt: skip  # noqa: E501
+    original, seen = loop._evaluate, []
+
+    def spy(config, trainer, variables, *rest):
+        seen.append(variables)
+        return original(config, trainer, variables, *rest)
+
+    monkeypatch.setattr(loop, "_evaluate", spy)
     assert loop.evaluate(config, workdir, "latest").summary == summary
     state, _ = loop.load_state(config, workdir, 5, "latest")
     used = jax.tree.map(lambda x: np.asarray(x)[0], seen[0]["params"])
@@ -306,7 +312,7 @@ def test_other_steps_an_epoch_are_refused(undisturbed, tmp_path):
 def test_other_shapes_are_refused_with_their_names(undisturbed, tmp_path):
     workdir = copy_run(undisturbed, tmp_path / "w", without=["config.json"])
     config = make_config(model={"num_queries": 5, "encoder_layers": 2, "decoder_layers": 1})
-    with pytest.raises(ValueError, match="checkpoint 9 in .* does not fit the config's model and optimizer") as error:
+    with pytest.raises(ValueError, match=r"checkpoint 9 in .* does not fit the config's model and optimizer") as error:
         loop.train_and_evaluate(config, workdir)
     missing, rest = str(error.value).split("missing ")[1].split(", unused ")
     unused, misshapen = rest.split(", mis-shaped ")
@@ -317,7 +323,7 @@ def test_other_shapes_are_refused_with_their_names(undisturbed, tmp_path):
 
 def test_no_pictures_for_one_batch(tmp_path):
     with pytest.raises(
-        ValueError, match="3 pictures do not fill one batch of 4; use a smaller config.train.batch_size"
+        ValueError, match=r"3 pictures do not fill one batch of 4; use a smaller config\.train\.batch_size"
     ):
         loop.train_and_evaluate(make_config(synthetic={"train_pictures": 3}), tmp_path)
 

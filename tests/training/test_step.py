@@ -19,7 +19,7 @@ import pytest
 
 from cdetr_jax.matching.assign import NonFiniteCostError
 from cdetr_jax.models import resnet
-from cdetr_jax.models.detector import Detector
+from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.structs import Batch, Predictions, Targets
 from cdetr_jax.training import parallel
 from cdetr_jax.training.optimizer import make_optimizer
@@ -168,7 +168,7 @@ def test_four_devices_change_nothing():
 
 @pytest.mark.slow
 def test_devices_change_nothing_for_the_detector():
-    model = Detector(
+    model = DetectionTransformer(
         backbone="resnet18",
         backbone_width=4,
         width=8,
