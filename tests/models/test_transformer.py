@@ -234,7 +234,7 @@ def spatial_inputs():
     ],
 )
 def test_spatial_query_is_the_literal_transformation(form, transformation):
-    module = SpatialQuery(form, transformation, D, N, jnp.float32)
+    module = SpatialQuery(form, transformation, D, N, False, jnp.float32)
     f, c_q, p_s = spatial_inputs()
     params = numbers(jax.eval_shape(lambda k: module.init(k, f, c_q, p_s, False), jax.random.key(0)).get("params", {}))
     p_q = np.asarray(module.apply({"params": params}, f, c_q, p_s, False))
@@ -423,3 +423,20 @@ def test_dropout_needs_train_and_changes_results():
     np.testing.assert_array_equal(runs[0], runs[1])
     assert np.abs(runs[0] - runs[2]).max() > 0.1
     assert np.abs(runs[0] - still).max() > 0.1
+
+
+def test_local_gain_starts_attention_at_the_reference_points():
+    """Both position projections start as the same rotation, T as the identity: p_q.p_k is gain^2 p_s.p_k."""
+    model = Transformer(
+        encoder_layers=0, decoder_layers=2, width=16, num_heads=2, ffn_width=8, temperature=20.0, local_gain=3.0
+    )
+    features, pos = jnp.zeros((1, 5, 16)), jnp.zeros((1, 5, 16))
+    params = model.init(jax.random.key(0, impl="rbg"), features, pos, jnp.zeros((1, 5), bool), jnp.ones((3, 16)), False)
+    params = jax.tree.map(np.asarray, params["params"])
+    for layer in ("decoder_layers_0", "decoder_layers_1"):
+        queries = params[layer]["ca_qpos_sine_proj"]["kernel"]
+        keys = params[layer]["ca_kpos_proj"]["kernel"]
+        # A rotation in float32: orthogonal to a few units in the last place.
+        np.testing.assert_allclose(queries @ keys.T, 9.0 * np.eye(16), atol=1e-5)
+    np.testing.assert_array_equal(params["query_scale"]["layers_1"]["kernel"], 0.0)
+    np.testing.assert_array_equal(params["query_scale"]["layers_1"]["bias"], 1.0)

@@ -120,7 +120,7 @@ def run(functions, trainer, parts, *, steps=5, shape=SHAPE):
     for leaf in jax.tree.leaves(state.params):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))  # the devices agree
     assert int(state.step[0]) == steps
-    return history, np.array(norms)[:, 0], parallel.first(jax.tree.map(np.asarray, state.params))
+    return history, np.array(norms)[:, 0], parallel.first(state.params)
 
 
 def assert_same(actual, expected):
@@ -246,9 +246,9 @@ def test_moving_average_follows_its_formula():
     state = trainer.replicate(start)
     for _ in range(3):
         state, _, _ = trainer.step(state, [make_batch()])
-        params = parallel.first(jax.tree.map(np.asarray, state.params))
+        params = parallel.first(state.params)
         expected = jax.tree.map(lambda ema, new: EMA_DECAY * ema + (1 - EMA_DECAY) * new, expected, params)
-        actual = parallel.first(jax.tree.map(np.asarray, state.ema_params))
+        actual = parallel.first(state.ema_params)
         # Two roundings per step, in float32.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, expected)
     evaluated = parallel.first(state.eval_variables["params"])
