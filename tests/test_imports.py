@@ -36,7 +36,6 @@ build
 training/loop
 inference
 cli/settings
-cli/train cli/evaluate cli/predict cli/convert cli/benchmark
 cli/main
 """
 RANK = {
