@@ -55,14 +55,19 @@ def _parse(values: flags.FlagValues, argv: list[str], define: Callable[[], Any])
 def set_up_logging() -> None:
     """Our lines on standard error with the time only; a library's only where they warn.
 
-    Orbax warns at every checkpoint that was not evaluated; most are not, on purpose.
+    Of Orbax only errors: it warns at every checkpoint without an AP, and at every folder opened for reading.
     """
+    flags.FLAGS.mark_as_parsed()  # or absl says at the first line that they are not
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.INFO)
     handler = absl_logging.get_absl_handler()
     ours = str(Path(__file__).parents[1])
-    handler.addFilter(lambda record: record.levelno >= 30 or record.pathname.startswith(ours))
-    handler.addFilter(lambda record: "tracked_metric" not in record.getMessage())
+
+    def is_shown(record: absl_logging.logging.LogRecord) -> bool:
+        level = absl_logging.logging.ERROR if "orbax" in record.pathname else absl_logging.logging.WARNING
+        return record.pathname.startswith(ours) or record.levelno >= level
+
+    handler.addFilter(is_shown)
     handler.setFormatter(_Plain())
 
 
