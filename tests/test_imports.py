@@ -36,6 +36,7 @@ build
 training/loop
 inference
 cli/settings
+cli/train cli/evaluate cli/predict cli/benchmark
 cli/main
 """
 RANK = {
