@@ -21,6 +21,7 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
         raise ValueError(f"there is no recipe for {epochs} epochs, only for {', '.join(DROP_EPOCHS)}")
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.init = ""  # workdir of a run to start the weights from; a class head of another size is made new
 
     config.model = model = ml_collections.ConfigDict()
     model.decoder = "conditional"  # conditional (arXiv:2108.06152) | detr (arXiv:2005.12872)

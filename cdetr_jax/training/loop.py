@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 from clu import parameter_overview
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from cdetr_jax import build
@@ -213,7 +214,8 @@ def _initial_state(
     """The newest checkpoint's state and step, or a new state and 0."""
     step = checkpoints.latest_step()
     if step is None:
-        return functions.init(new_rng(config.seed), tuple(config.data.eval_shapes[0])), 0
+        state = functions.init(new_rng(config.seed), tuple(config.data.eval_shapes[0]))
+        return (_start_from(config.init, state) if config.init else state), 0
     state, position = checkpoints.restore(step, _template(config, functions))
     if position["steps_per_epoch"] != steps_per_epoch:
         raise ValueError(
@@ -223,6 +225,31 @@ def _initial_state(
         )
     logging.info("Going on from step %d, in %s", step, checkpoints.directory)
     return state, step
+
+
+def _start_from(workdir: str, state: TrainState) -> TrainState:
+    """A new run's state with the weights of another run; a class head of another size is made new.
+
+    Raises: ValueError, if anything else does not fit, with the missing, unused and mis-shaped names.
+    """
+    loaded, step = load_state(run_files.load_config(workdir), workdir, len(run_files.load_classes(workdir)), "best")
+    wanted = {"params": state.params, "constants": state.constants}
+    old, new = (traverse_util.flatten_dict(tree, sep="/") for tree in (loaded.eval_variables, wanted))
+    fits = {name for name in old.keys() & new.keys() if old[name].shape == new[name].shape}
+    is_class_head = {name for name in new if name.startswith("params/class_embed/")}
+    missing = sorted(new.keys() - old.keys() - is_class_head)
+    unused = sorted(old.keys() - new.keys())
+    misshapen = sorted((new.keys() & old.keys()) - fits - is_class_head)
+    if missing or unused or misshapen:
+        raise ValueError(
+            f"config.init={workdir!r} does not fit config.model: missing {missing}, unused {unused}, mis-shaped "
+            f"{misshapen}; use the model fields of that run"
+        )
+    made_new = sorted(new.keys() - fits)
+    logging.info("%d arrays from step %d of %s; made new: %s", len(fits), step, workdir, ", ".join(made_new) or "none")
+    merged = traverse_util.unflatten_dict({name: old[name] if name in fits else new[name] for name in new}, sep="/")
+    ema_params = None if state.ema_params is None else merged["params"]
+    return state.replace(params=merged["params"], constants=merged.get("constants", {}), ema_params=ema_params)
 
 
 def _check_same_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:

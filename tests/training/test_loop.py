@@ -431,3 +431,27 @@ def test_a_config_read_back_is_the_config(undisturbed):
     config, workdir, _ = undisturbed
     assert json.dumps(loop.run_files.load_config(workdir).to_dict()) == json.dumps(config.to_dict())
     assert isinstance(loop.run_files.load_config(workdir), ml_collections.ConfigDict)
+
+
+def empty_state(config, num_classes):
+    shapes = loop._template(config, loop._functions(config, num_classes))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def test_a_new_run_starts_from_the_weights_of_another(undisturbed):
+    """Here with 7 classes instead of 5: all but the class head is taken over, the head is left as it was made."""
+    config, workdir = undisturbed[:2]
+    source, _ = loop.load_state(config, workdir, 5, "best")
+    state = loop._start_from(str(workdir), empty_state(make_config(), 7))
+    expected = dict(source.eval_variables["params"])
+    head, _ = state.params["class_embed"], expected.pop("class_embed")
+    jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in state.params.items() if k in expected}, expected)
+    assert head["kernel"].shape[-1] == 7
+    assert not head["kernel"].any()
+    assert int(state.step) == 0
+
+
+def test_starting_from_another_model_is_refused(undisturbed):
+    config = make_config(model={"num_queries": 5, "decoder_layers": 1})
+    with pytest.raises(ValueError, match=r"config\.init=.*unused .*decoder_layers_1.*mis-shaped .*query_embed"):
+        loop._start_from(str(undisturbed[1]), empty_state(config, 5))
