@@ -4,9 +4,8 @@ r"""Your own pictures: folders and COCO instances JSON files with any category i
         --config.data.train_images=my/train --config.data.train_annotations=my/train.json \
         --config.data.eval_images=my/val --config.data.eval_annotations=my/val.json
 
-Batch 4 and pictures of at most 640 pixels, for one GPU of 8 GB; it starts from random weights with group norm, because
-frozen batch norm makes sense only with loaded ImageNet weights. Expect it to need hundreds of epochs on a few hundred
-pictures.
+Pictures of at most 640 pixels, batch 4. It starts from random weights with group norm, because frozen batch norm makes
+sense only with loaded weights; to start from another run of the same model add --config.init=runs/other.
 """
 
 import ml_collections

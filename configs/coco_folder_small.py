@@ -4,7 +4,8 @@ r"""Your own pictures, small: for a CPU or a small GPU, from random weights, pic
         --config.data.train_images=my/train --config.data.train_annotations=my/train.json \
         --config.data.eval_images=my/val --config.data.eval_annotations=my/val.json
 
-Two CPU cores train on some 20 pictures a second; expect to need some 20,000 of them for a few classes of large objects.
+On 205 microscope pictures of blood cells (3 classes, up to 30 objects) the AP on 87 others was 0.19 after 25 epochs and
+still rising; two CPU cores shared with other work trained on about 5 pictures a second.
 """
 
 import ml_collections
