@@ -1,10 +1,12 @@
 """The one place that turns a config into objects, and checks its fields against each other."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_collections
+from absl import logging
 
 from cdetr_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
 from cdetr_jax.data.plan import Augmentation
@@ -158,11 +160,48 @@ def label_of(classes: ClassTable) -> dict[int, int]:
     return {category.id: logit for logit, category in enumerate(classes) if category is not None}
 
 
+def classes_in_data(classes: ClassTable, categories: Sequence[Category]) -> ClassTable:
+    """What a detector's logits are called by a data set, which may use other ids: the same name counts.
+
+    Classes without names, and names that several categories share, go by their id.
+    Args:
+      classes: of the detector.
+      categories: of the data set.
+    Returns: one entry per logit, a category of the data set; None where it has no such class.
+    Raises: ValueError, if they have no class in common.
+    """
+    by_id = {category.id: category for category in categories}
+    uses = Counter(category.name for category in categories)
+    by_name = {category.name: category for category in categories if uses[category.name] == 1}
+
+    def find(category: Category | None) -> Category | None:
+        if category is None or category in categories:
+            return category
+        return by_id.get(category.id) if category.is_unnamed else by_name.get(category.name)
+
+    found = tuple(map(find, classes))
+    unknown = [category.name for category in categories if category not in found]
+    if len(unknown) == len(categories):
+        known = [category.name for category in classes if category]
+        raise ValueError(
+            f"the detector knows none of the data set's classes: it knows {', '.join(known[:8])}..., the data set has "
+            f"{', '.join(unknown[:8])}...; evaluate on data with classes that it was trained for, or train it on these"
+        )
+    if unknown:
+        logging.warning("the detector does not know %d classes of the data: %s", len(unknown), ", ".join(unknown))
+    return found
+
+
 def make_model(config: ml_collections.ConfigDict, num_classes: int) -> DetectionTransformer:
     """The detector, with so many class logits (`config.model.num_classes` may leave it to the data)."""
-    fields = config.model.to_dict()
+    return model_of(config.model.to_dict() | {"num_classes": num_classes})
+
+
+def model_of(fields: Mapping[str, Any]) -> DetectionTransformer:
+    """The detector of the fields of `config.model`."""
+    fields = dict(fields)
     dtype = jnp.dtype(fields.pop("compute_dtype"))
-    return DetectionTransformer(**(fields | {"num_classes": num_classes}), dtype=dtype)
+    return DetectionTransformer(**fields, dtype=dtype)
 
 
 class Schedules(NamedTuple):
@@ -250,14 +289,12 @@ def make_train_batches(
     )
 
 
-def make_eval_batches(
-    config: ml_collections.ConfigDict, source: Source, classes: ClassTable, host: tuple[int, int] = (0, 1)
-) -> Batches:
-    """Every picture once, resized as published, for a host (index, count)."""
+def make_eval_batches(config: ml_collections.ConfigDict, source: Source, host: tuple[int, int] = (0, 1)) -> Batches:
+    """Every picture once, resized as published, for a host (index, count); its labels are the categories' ranks."""
     data = config.data
     return eval_batches(
         source,
-        label_of(classes),
+        label_of(class_table(source.categories, "contiguous", 0)),
         data.eval_shapes,
         _reading(config, 0, host),
         short_side_px=data.eval_short_side_px,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cdetr_jax import build
-from cdetr_jax.checkpoints import workdir as run_files
+from cdetr_jax.checkpoints.torch_files import HUB_PREFIX
 from cdetr_jax.data.plan import smallest_shape
 from cdetr_jax.data.sources import decode_rgb, open_picture
 from cdetr_jax.data.transforms import resize_for_evaluation
 from cdetr_jax.evaluation.postprocess import postprocess
-from cdetr_jax.training.loop import load_state
 from cdetr_jax.visualization.draw import draw_boxes
+from cdetr_jax.weights import Weights, load_weights
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -48,41 +48,57 @@ class Objects:
         """The picture with the boxes, names and scores drawn over it."""
         return draw_boxes(self.image, self.boxes_xyxy_px, self.names, self.scores, class_names=self.class_names)
 
+    def to_supervision(self) -> Any:
+        """The same as `supervision.Detections`, with the names under data["class_name"].
+
+        Raises: ModuleNotFoundError, without the supervision package.
+        """
+        try:
+            import supervision
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "to_supervision needs the supervision package: install it with `pip install supervision`"
+            ) from error
+        return supervision.Detections(
+            xyxy=self.boxes_xyxy_px,
+            confidence=self.scores,
+            class_id=self.class_ids,
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
 
 class Detector:
-    """A trained detector. Make one with `Detector.from_workdir`."""
+    """A trained detector. Make one with `Detector.from_pretrained`."""
 
-    def __init__(self, model: Any, variables: Any, classes: build.ClassTable, settings: dict[str, Any]):
-        self.classes = classes
-        self._settings = settings
+    def __init__(self, weights: Weights):
+        self.classes = weights.classes
+        self._preprocessing = weights.preprocessing
+        model, top_k = weights.make_model(), weights.top_k
 
         @jax.jit
         def detect(variables: Any, images: np.ndarray, sizes_hw: np.ndarray, original_sizes_hw: np.ndarray) -> Any:
             predictions = model.apply(variables, images, sizes_hw)
-            return postprocess(predictions, original_sizes_hw, class_loss=model.class_loss, top_k=settings["top_k"])
+            return postprocess(predictions, original_sizes_hw, class_loss=model.class_loss, top_k=top_k)
 
-        self._variables = jax.device_put(variables)
+        self._variables = jax.device_put(weights.variables)
         self._detect = detect
 
     @classmethod
-    def from_workdir(cls, workdir: str | os.PathLike, checkpoint: str = "best") -> "Detector":
-        """Loads a trained workdir.
+    def from_pretrained(cls, source: str | os.PathLike, checkpoint: str = "best") -> "Detector":
+        """Loads a detector.
 
         Args:
-          workdir: of `cdetr train`.
-          checkpoint: `best` by AP, or `latest`.
-        Raises: FileNotFoundError, ValueError, if the folder holds no trained detector.
+          source: a workdir of `cdetr train`, a folder or file of published weights (see `load_weights`), or a hub
+            name such as "microsoft/conditional-detr-resnet-50".
+          checkpoint: of a workdir: `best` by AP, or `latest`.
+        Raises: as `load_weights`.
         """
-        config = run_files.load_config(workdir)
-        classes = run_files.load_classes(workdir)
-        state, _ = load_state(config, workdir, len(classes), checkpoint)
-        settings = {
-            "short_side_px": config.data.eval_short_side_px,
-            "long_side_max_px": config.data.long_side_max_px,
-            "shapes": config.data.eval_shapes,
-            "top_k": config.eval.top_k,
-        }
-        return cls(build.make_model(config, len(classes)), state.eval_variables, classes, settings)
+        source = os.fspath(source)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) and not os.path.exists(source):
+            source = HUB_PREFIX + source
+        return cls(load_weights(source, checkpoint))
+
+    from_workdir = from_pretrained  # its first name
 
     def __call__(self, picture: Picture | Sequence[Picture], threshold: float = 0.5) -> Objects | list[Objects]:
         """Finds the objects of one picture, or of each of a list.
@@ -95,9 +111,9 @@ class Detector:
         if isinstance(picture, (list, tuple)):
             return [self(one, threshold) for one in picture]
         image = _as_array(picture)
-        resized = resize_for_evaluation(image, self._settings["short_side_px"], self._settings["long_side_max_px"])
+        resized = resize_for_evaluation(image, self._preprocessing.short_side_px, self._preprocessing.long_side_max_px)
         size_hw = np.array([resized.shape[:2]], np.int32)
-        shape_hw = smallest_shape(size_hw, self._settings["shapes"])[0]
+        shape_hw = smallest_shape(size_hw, self._preprocessing.shapes_hw)[0]
         padded = np.zeros((1, *shape_hw, 3), np.uint8)
         padded[0, : resized.shape[0], : resized.shape[1]] = resized
         original_hw = np.array([image.shape[:2]], np.int32)

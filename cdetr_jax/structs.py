@@ -18,6 +18,11 @@ class Category:
     id: int
     name: str
 
+    @property
+    def is_unnamed(self) -> bool:
+        """Whether the name only repeats the id: the weights came without names."""
+        return self.name == f"class {self.id}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:

@@ -44,6 +44,7 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     model.spatial_query = "full"  # full | c | t | p | i: CSQ and CSQ-C/T/P/I of table 3
     model.transformation = "diagonal"  # identity | scalar | block | full | diagonal, figure 5
     model.temperature = 10000.0  # of the sine embeddings; 20 (arXiv:2201.12329) suits small feature grids
+    model.norm_between_layers = False  # True: as transformers' port with auxiliary_loss, for weights trained there
     model.local_gain = 0.0  # 0: published initialisation; 6: attention starts near the reference points
     model.compute_dtype = "float32"  # float32 | bfloat16; parameters, losses, boxes and matching stay float32
 

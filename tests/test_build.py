@@ -259,6 +259,7 @@ def test_the_published_values():
             "transformation": "diagonal",
             "temperature": 10000.0,
             "local_gain": 0.0,
+            "norm_between_layers": False,
             "compute_dtype": "float32",
         },
         "matcher": {"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0},

@@ -22,7 +22,7 @@ models/detector
 matching/cost matching/assign
 losses/focal losses/box
 losses/criterion
-data/sources
+data/coco_categories data/sources
 data/plan
 data/transforms
 data/pipeline
@@ -31,12 +31,15 @@ evaluation/coco_eval
 visualization/draw visualization/curve
 training/optimizer training/step
 training/parallel training/metrics
-checkpoints/io checkpoints/workdir checkpoints/torch_convert
+checkpoints/misfit
+checkpoints/io checkpoints/workdir checkpoints/torch_convert checkpoints/torch_files
+checkpoints/architecture
 build
+weights
 training/loop
 inference
 cli/settings
-cli/train cli/evaluate cli/predict cli/benchmark
+cli/train cli/evaluate cli/predict cli/convert cli/benchmark
 cli/main
 """
 RANK = {
@@ -108,7 +111,8 @@ def test_packages_import_nothing_at_once(path):
 def test_nothing_optional_is_imported_before_it_is_needed():
     modules = ("training.loop", "inference", *(f"cli.{path.stem}" for path in (PACKAGE / "cli").glob("[a-z]*.py")))
     code = "import sys\n" + "".join(f"import cdetr_jax.{module}\n" for module in modules)
-    heavy = ("tensorflow", "torch", "tensorflow_datasets", "matplotlib", "torchvision", "pycocotools", "tensorboard")
+    heavy = ("tensorflow", "torch", "tensorflow_datasets", "matplotlib", "torchvision", "pycocotools", "tensorboard",
+             "huggingface_hub", "supervision")
     code += f"print([name for name in {heavy} if name in sys.modules], 'jax' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert found.stdout.strip() == "[] True"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from cdetr_jax.checkpoints.torch_convert import from_official, official_name
+from cdetr_jax.checkpoints.torch_convert import OFFICIAL, from_torch, torch_name
 from cdetr_jax.evaluation.postprocess import postprocess
 from cdetr_jax.losses.criterion import Counts, criterion
 from cdetr_jax.matching.assign import assign
@@ -85,7 +85,8 @@ def load_case(name: str) -> Case:
     )
     empty = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.array([[64, 64]])))
     manifest = json.loads((REFERENCE / f"manifest_{name}.json").read_text())
-    return Case(expected, is_detr, model, from_official(formula.state_dict(manifest, meta["seed"]), empty), batch)
+    variables = from_torch(formula.state_dict(manifest, meta["seed"]), empty, OFFICIAL)
+    return Case(expected, is_detr, model, variables, batch)
 
 
 @pytest.fixture(scope="module", params=["official_r50", "official_r50_dc5", "detr_r50"])
@@ -214,7 +215,7 @@ def by_official_name(params):
     """Norms per official tensor: the three parts of a packed projection count together."""
     squares = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-        name, _ = official_name(path)
+        name, _ = torch_name(path, OFFICIAL)
         squares.setdefault(name, []).append((np.asarray(leaf, np.float64) ** 2).sum())
     return {name: np.sqrt(sum(values)) for name, values in squares.items()}
 

@@ -9,6 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from cdetr_jax.checkpoints import misfit
+
 
 class Checkpoints:
     """The checkpoints of a run, in `workdir/checkpoints`. Saving goes on in the background; close it at the end.
@@ -77,24 +79,40 @@ class Checkpoints:
         """
         saved = {_name(path): leaf.shape for path, leaf in _leaves(self._manager.item_metadata(step)["state"])}
         expected = {_name(path): leaf.shape for path, leaf in _leaves(template)}
-        if saved != expected:
-            missing = sorted(expected.keys() - saved.keys())
-            unused = sorted(saved.keys() - expected.keys())
-            misshapen = [
-                f"{name} {tuple(saved[name])}, expected {tuple(expected[name])}"
-                for name in sorted(expected.keys() & saved.keys())
-                if tuple(saved[name]) != tuple(expected[name])
-            ]
-            if missing or unused or misshapen:
-                raise ValueError(
-                    f"checkpoint {step} in {self.directory} does not fit the config's model and optimizer: "
-                    f"missing {_some(missing)}, unused {_some(unused)}, mis-shaped {_some(misshapen)}; "
-                    "use the config of that run, or another workdir"
-                )
+        problems = misfit.compare(saved, expected)
+        if problems:
+            raise ValueError(
+                f"checkpoint {step} in {self.directory} does not fit the config's model and optimizer: {problems}; "
+                "use the config of that run, or another workdir"
+            )
         arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), template)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(arrays), position=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["position"]
+
+    def restore_weights(self, step: int) -> dict[str, Any]:
+        """The weights that a checkpoint predicts with, without the optimiser's state.
+
+        Returns: {"params": the moving average if there is one, "constants"}, NumPy arrays.
+        """
+        saved = self._manager.item_metadata(step)["state"]
+        names = {"params": "ema_params" if saved.get("ema_params") else "params", "constants": "constants"}
+        template = jax.tree.map(
+            lambda leaf: np.empty(leaf.shape, leaf.dtype),
+            {name: saved[name] for name in names.values() if saved.get(name)},
+        )
+        with ocp.PyTreeCheckpointer() as reader:
+            restored = reader.restore(
+                self.directory / str(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    template, restore_args=jax.tree.map(_as_numpy, template), partial_restore=True
+                ),
+            )
+        return {ours: restored[name] for ours, name in names.items() if name in restored}
+
+    def steps(self) -> list[int]:
+        """All finished checkpoints."""
+        return sorted(self._manager.all_steps())
 
     def close(self) -> None:
         """Waits for what is being saved.
@@ -116,6 +134,10 @@ class Checkpoints:
         )
 
 
+def _as_numpy(leaf: np.ndarray) -> ocp.RestoreArgs:
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
 def _average_precision(metrics: dict[str, float]) -> float:
     return metrics["AP"]
 
@@ -127,9 +149,3 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
 def _name(path: Any) -> str:
     """One name for a leaf, whether the tree is made of dataclasses and tuples or of Orbax's dicts."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

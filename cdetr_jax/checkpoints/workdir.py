@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -13,7 +14,7 @@ CONFIG, CLASSES = "config.json", "classes.json"
 
 def save_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
     """Writes `workdir/config.json`."""
-    _write(Path(workdir) / CONFIG, json.dumps(config.to_dict(), indent=2))
+    write_json(Path(workdir) / CONFIG, config.to_dict())
 
 
 def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -26,8 +27,12 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
 
 def save_classes(workdir: str | os.PathLike, classes: tuple[Category | None, ...]) -> None:
     """Writes `workdir/classes.json`: one entry a logit, null where it stands for nothing."""
-    table = [category and {"id": category.id, "name": category.name} for category in classes]
-    _write(Path(workdir) / CLASSES, json.dumps(table, indent=1, ensure_ascii=False))
+    write_json(Path(workdir) / CLASSES, classes_as_json(classes))
+
+
+def classes_as_json(classes: tuple[Category | None, ...]) -> list[dict[str, Any] | None]:
+    """One entry a logit, null where it stands for nothing."""
+    return [category and {"id": category.id, "name": category.name} for category in classes]
 
 
 def load_classes(workdir: str | os.PathLike) -> tuple[Category | None, ...]:
@@ -47,9 +52,10 @@ def _read(workdir: str | os.PathLike, name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing, also if the process is killed."""
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes all of it or nothing, also if the process is killed."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

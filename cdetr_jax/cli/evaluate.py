@@ -2,17 +2,25 @@
 
 import argparse
 
-from cdetr_jax.checkpoints.workdir import load_config
 from cdetr_jax.cli.settings import change_config, read_config, set_up_logging
 
 
 def run(arguments: argparse.Namespace, fields: list[str]) -> None:
-    """Prints the table."""
-    if arguments.config:
-        config = read_config(arguments.config, fields)
-    else:
-        config = change_config(load_config(arguments.workdir), fields)
+    """Prints the table.
+
+    Raises: ValueError, if it is not known what to evaluate on.
+    """
+    config = read_config(arguments.config, fields) if arguments.config else None
     set_up_logging()
     from cdetr_jax.training.loop import evaluate
+    from cdetr_jax.weights import load_weights
 
-    print(evaluate(config, arguments.workdir, arguments.checkpoint).format_table())
+    weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
+    if config is None:
+        if weights.config is None:
+            raise ValueError(
+                f"{arguments.weights} does not say on which pictures to evaluate it; name a recipe, such as "
+                "--config=configs/conditional_detr_r50.py"
+            )
+        config = change_config(weights.config, fields)
+    print(evaluate(config, weights).format_table())

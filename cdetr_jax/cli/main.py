@@ -4,6 +4,14 @@ import argparse
 import importlib
 import sys
 
+WEIGHTS_HELP = """\
+SOURCE is one of
+  runs/demo                                 the workdir of a run
+  runs/demo/checkpoints/1000                one of its checkpoints
+  hf://microsoft/conditional-detr-resnet-50 a model of the hub, downloaded once (add @REVISION for another one)
+  folder/ or model.safetensors              the same as local files
+  ConditionalDETR_r50.pth                   a file of the authors', or of facebookresearch/detr (needs PyTorch)"""
+
 CONFIG_HELP = """\
 every field of the config can be set on the command line, for example
   --config.optimizer.lr=2e-4   --config.train.batch_size=8   --config.seed=1
@@ -39,36 +47,62 @@ def parser() -> argparse.ArgumentParser:
         "--multihost", action="store_true", help="this is one of several hosts, such as those of a TPU pod"
     )
 
+    def add_weights(command: argparse.ArgumentParser, *names: str, **settings: object) -> None:
+        command.add_argument(*names, metavar="SOURCE", help="trained weights, see below", **settings)
+        command.add_argument(
+            "--checkpoint", choices=("best", "latest"), default="best", help="of a run: best by AP (default), or latest"
+        )
+        command.add_argument(
+            "--dc5",
+            action="store_true",
+            help="it is a DC5 model; for a .pth of which neither name nor content says so",
+        )
+
     evaluate = add(
         "evaluate",
         "print COCO's 12 numbers and the AP of every class",
-        CONFIG_HELP + "\n\nexample:\n  cdetr evaluate --workdir=runs/demo",
+        WEIGHTS_HELP + "\n\n" + CONFIG_HELP + "\n\nexamples:\n"
+        "  cdetr evaluate --weights=runs/demo\n"
+        "  cdetr evaluate --weights=hf://microsoft/conditional-detr-resnet-50 --config=configs/conditional_detr_r50.py",
     )
-    evaluate.add_argument("--workdir", required=True, metavar="DIR", help="of a run")
-    evaluate.add_argument("--config", metavar="FILE", help="recipe; default: the run's own")
+    add_weights(evaluate, "--weights", "--workdir", required=True)
     evaluate.add_argument(
-        "--checkpoint", choices=("best", "latest"), default="best", help="best by AP, or the latest (default: best)"
+        "--config", metavar="FILE", help="recipe with the pictures to evaluate on; default: the run's own"
     )
 
     predict = add(
         "predict",
         "find the objects in pictures, draw them and write predictions.json",
         "DIR gets one drawing a picture, sheet.png with the first 16 of them, and predictions.json in COCO's results\n"
-        "format with each picture's file name and each object's class name.\n\n"
-        "example:\n  cdetr predict --workdir=runs/demo street.jpg holiday/ --output=found",
+        "format with each picture's file name and each object's class name.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
+        "  cdetr predict --weights=runs/demo street.jpg holiday/ --output=found\n"
+        "  cdetr predict --weights=hf://microsoft/conditional-detr-resnet-50 street.jpg --output=found",
     )
-    predict.add_argument("--workdir", required=True, metavar="DIR", help="of a run")
+    add_weights(predict, "--weights", "--workdir", required=True)
     predict.add_argument("--output", required=True, metavar="DIR", help="where the drawings go; made if missing")
     predict.add_argument(
         "--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score to keep, 0 to 1 (default: 0.5)"
     )
     predict.add_argument(
-        "--checkpoint", choices=("best", "latest"), default="best", help="best by AP, or the latest (default: best)"
-    )
-    predict.add_argument(
         "--from-eval", type=int, default=0, metavar="N", help="also the first N pictures of the run's evaluation set"
     )
     predict.add_argument("pictures", nargs="*", metavar="PICTURE_OR_FOLDER", help="pictures, or folders of pictures")
+
+    convert = add(
+        "convert",
+        "write trained weights in another format",
+        WEIGHTS_HELP + "\n\nformats:\n"
+        "  hub    a folder that transformers loads: model.safetensors, config.json, preprocessor_config.json\n"
+        "  pth    the layout of the authors' files (needs PyTorch)\n"
+        "  orbax  a workdir of ours, to predict, evaluate, or start a run from with --config.init\n\n"
+        "example:\n  cdetr convert runs/mine my-detector --to=hub",
+    )
+    add_weights(convert, "source")
+    convert.add_argument("destination", metavar="DESTINATION", help="folder, or for pth the file, to write")
+    convert.add_argument("--to", required=True, choices=("hub", "pth", "orbax"), help="format, see below")
+    convert.add_argument(
+        "--without-timm", action="store_true", help="hub: name the backbone so that transformers loads it without timm"
+    )
 
     benchmark = add(
         "benchmark",
@@ -97,7 +131,7 @@ def run(argv: list[str] | None = None) -> None:
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"cdetr {arguments.command}: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cdetr_jax.checkpoints.workdir import load_config
 from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.data.sources import BadPictureError
 
@@ -31,14 +30,17 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if not 0 <= arguments.threshold <= 1:
         raise ValueError(f"--threshold is {arguments.threshold}, expected a score from 0 to 1")
-    inputs = _from_files(arguments.pictures) + _from_evaluation(arguments.workdir, arguments.from_eval)
-    if not inputs:
+    inputs = _from_files(arguments.pictures)
+    if not inputs and arguments.from_eval <= 0:
         raise ValueError("name at least one picture or folder, or ask for some with --from-eval=N")
     set_up_logging()
     from cdetr_jax.inference import Detector
     from cdetr_jax.visualization.draw import contact_sheet
+    from cdetr_jax.weights import load_weights
 
-    detector = Detector.from_workdir(arguments.workdir, arguments.checkpoint)
+    weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
+    inputs += _from_evaluation(weights, arguments.from_eval)
+    detector = Detector(weights)
     output = Path(arguments.output)
     results: list[dict[str, Any]] = []
     sheet: list[Image.Image] = []
@@ -106,13 +108,15 @@ def _from_files(arguments: list[str]) -> list[_Input]:
     return inputs
 
 
-def _from_evaluation(workdir: str, count: int) -> list[_Input]:
+def _from_evaluation(weights: Any, count: int) -> list[_Input]:
     """The first pictures of the run's evaluation set, with their own ids."""
     if count <= 0:
         return []
+    if weights.config is None:
+        raise ValueError(f"--from-eval needs the workdir of a run, and {weights.source} is none; name pictures instead")
     from cdetr_jax.build import make_source
 
-    source = make_source(load_config(workdir), "eval")
+    source = make_source(weights.config, "eval")
     return [
         _Input(record.image_id, record.file_name, f"eval_{Path(record.file_name).stem}", source.load_image(i))
         for i, record in enumerate(source.records[:count])

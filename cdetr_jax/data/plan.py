@@ -106,6 +106,17 @@ def smallest_shape(sizes_hw: np.ndarray, shapes: Shapes) -> np.ndarray:
     return ordered[_first_that_holds(sizes_hw, ordered, sizes_hw)]
 
 
+def evaluation_shapes(short_side_px: int, long_side_max_px: int) -> Shapes:
+    """Padded shapes, multiples of 32, for every picture resized so: up to 4:3, up to the longest side, and square."""
+
+    def up(side: int) -> int:
+        return -(-side // 32) * 32
+
+    short, long = up(short_side_px), up(long_side_max_px)
+    middle = min(up(-(-short_side_px * 4 // 3)), long)
+    return tuple(dict.fromkeys(((short, middle), (middle, short), (short, long), (long, short), (long, long))))
+
+
 def train_plan(
     sizes_hw: np.ndarray, augmentation: Augmentation, shapes: Shapes, *, batch_size: int, seed: int, epoch: int
 ) -> EpochPlan:

@@ -88,6 +88,7 @@ class DetectionTransformer(nn.Module):
     transformation: str = "diagonal"
     temperature: float = 10000.0
     local_gain: float = 0.0
+    norm_between_layers: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -127,6 +128,7 @@ class DetectionTransformer(nn.Module):
             transformation=self.transformation,
             temperature=self.temperature,
             local_gain=self.local_gain,
+            norm_between_layers=self.norm_between_layers,
             dtype=self.dtype,
             name="transformer",
         )(

@@ -234,6 +234,8 @@ class Transformer(nn.Module):
       local_gain: 0: Xavier, as published. Above, for training from random weights on few pictures: both position
         projections of the conditional cross-attention start as this gain times the same rotation, and T as the
         identity, so that `p_q.p_k` is highest at the query's reference point from the first step on.
+      norm_between_layers: each decoder layer reads the normalised output of the one before, and the last output is
+        normalised twice. Not as published: the form of weights that transformers trained with `auxiliary_loss`.
       width, num_heads, ffn_width, dropout, dtype: of every layer.
     """
 
@@ -250,6 +252,7 @@ class Transformer(nn.Module):
     transformation: str = "diagonal"
     temperature: float = 10000.0
     local_gain: float = 0.0
+    norm_between_layers: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -303,4 +306,8 @@ class Transformer(nn.Module):
                 train=train,
             )
             outputs.append(norm(x))
+            if self.norm_between_layers:
+                x = outputs[-1]
+        if self.norm_between_layers:
+            outputs[-1] = norm(x)
         return memory, jnp.stack(outputs), points

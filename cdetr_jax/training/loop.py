@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,6 @@ import ml_collections
 import numpy as np
 from absl import logging
 from clu import parameter_overview
-from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from cdetr_jax import build
@@ -23,6 +23,8 @@ from cdetr_jax.structs import Batch
 from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
 from cdetr_jax.training.parallel import Trainer, first
 from cdetr_jax.training.step import TrainState, new_rng
+from cdetr_jax.weights import FREE_FIELDS as FREE_MODEL_FIELDS
+from cdetr_jax.weights import Backbone, Weights, load_initial, start_from
 
 # Fields that may change between the start of a run and its resumption: they do not touch the weights.
 FREE_GROUPS = ("eval",)
@@ -73,7 +75,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     functions = build.make_step_functions(config, len(classes), schedules)
     trainer = Trainer(functions)
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
-    state, start_step = _initial_state(config, functions, checkpoints, steps_per_epoch)
+    state, start_step = _initial_state(config, functions, checkpoints, steps_per_epoch, classes)
     batches = build.make_train_batches(config, source, classes, divmod(start_step, steps_per_epoch), host)
 
     total_steps = config.train.num_epochs * steps_per_epoch
@@ -166,37 +168,34 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     return summary
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: str | os.PathLike, checkpoint: str = "best") -> CocoMetrics:
-    """COCO AP of a trained workdir on the config's evaluation pictures.
+def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics:
+    """COCO AP of a detector on the config's evaluation pictures.
 
     Args:
-      checkpoint: `best` by AP, or `latest`.
-    Raises: ValueError, FileNotFoundError, if the workdir or the data do not fit the config.
+      config: its data and eval fields count, and those of the model that the weights leave open.
+      weights: of `load_weights`. Their classes are found in the data by name, see `build.classes_in_data`.
+    Raises: ValueError, FileNotFoundError, if the weights or the data do not fit the config.
     """
+    config = _with_model_of(weights, config)
     build.check_config(config, jax.local_device_count() * jax.process_count())
-    classes = run_files.load_classes(workdir)
     source = build.make_source(config, "eval")
-    state, step = load_state(config, workdir, len(classes), checkpoint)
-    logging.info("Checkpoint of step %d, %d pictures", step, len(source))
-    trainer = Trainer(_functions(config, len(classes)))
-    variables = trainer.replicate(state.eval_variables)
+    logging.info("%d pictures", len(source))
+    trainer = Trainer(_functions(config, len(weights.classes)))
+    variables = trainer.replicate(weights.variables)
     host = (jax.process_index(), jax.process_count())
-    return _evaluate(config, trainer, variables, source, classes, host)
+    return _evaluate(config, trainer, variables, source, weights.classes, host)
 
 
-def load_state(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike, num_classes: int, checkpoint: str
-) -> tuple[TrainState, int]:
-    """The state of the `best` or `latest` checkpoint, as NumPy arrays, and its step."""
-    checkpoints = Checkpoints(workdir, read_only=True)
-    try:
-        step = checkpoints.best_step() if checkpoint == "best" else checkpoints.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"{checkpoints.directory} holds no finished checkpoint")
-        state, _ = checkpoints.restore(step, _template(config, _functions(config, num_classes)))
-    finally:
-        checkpoints.close()
-    return state, step
+def _with_model_of(weights: Weights, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for name, value in weights.model.items():
+            if name in FREE_MODEL_FIELDS:
+                continue
+            if config.model[name] not in (value, 0):  # 0: to be counted
+                logging.info("config.model.%s is %r: the weights' own value counts", name, value)
+            config.model[name] = value
+    return config
 
 
 def _functions(config: ml_collections.ConfigDict, num_classes: int) -> Any:
@@ -209,13 +208,18 @@ def _template(config: ml_collections.ConfigDict, functions: Any) -> TrainState:
 
 
 def _initial_state(
-    config: ml_collections.ConfigDict, functions: Any, checkpoints: Checkpoints, steps_per_epoch: int
+    config: ml_collections.ConfigDict,
+    functions: Any,
+    checkpoints: Checkpoints,
+    steps_per_epoch: int,
+    classes: build.ClassTable,
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or a new state and 0."""
     step = checkpoints.latest_step()
     if step is None:
+        initial = load_initial(config.init) if config.init else None
         state = functions.init(new_rng(config.seed), tuple(config.data.eval_shapes[0]))
-        return (_start_from(config.init, state) if config.init else state), 0
+        return (state if initial is None else _start_from(initial, state, classes, checkpoints.directory.parent)), 0
     state, position = checkpoints.restore(step, _template(config, functions))
     if position["steps_per_epoch"] != steps_per_epoch:
         raise ValueError(
@@ -227,29 +231,12 @@ def _initial_state(
     return state, step
 
 
-def _start_from(workdir: str, state: TrainState) -> TrainState:
-    """A new run's state with the weights of another run; a class head of another size is made new.
-
-    Raises: ValueError, if anything else does not fit, with the missing, unused and mis-shaped names.
-    """
-    loaded, step = load_state(run_files.load_config(workdir), workdir, len(run_files.load_classes(workdir)), "best")
-    wanted = {"params": state.params, "constants": state.constants}
-    old, new = (traverse_util.flatten_dict(tree, sep="/") for tree in (loaded.eval_variables, wanted))
-    fits = {name for name in old.keys() & new.keys() if old[name].shape == new[name].shape}
-    is_class_head = {name for name in new if name.startswith("params/class_embed/")}
-    missing = sorted(new.keys() - old.keys() - is_class_head)
-    unused = sorted(old.keys() - new.keys())
-    misshapen = sorted((new.keys() & old.keys()) - fits - is_class_head)
-    if missing or unused or misshapen:
-        raise ValueError(
-            f"config.init={workdir!r} does not fit config.model: missing {missing}, unused {unused}, mis-shaped "
-            f"{misshapen}; use the model fields of that run"
-        )
-    made_new = sorted(new.keys() - fits)
-    logging.info("%d arrays from step %d of %s; made new: %s", len(fits), step, workdir, ", ".join(made_new) or "none")
-    merged = traverse_util.unflatten_dict({name: old[name] if name in fits else new[name] for name in new}, sep="/")
-    ema_params = None if state.ema_params is None else merged["params"]
-    return state.replace(params=merged["params"], constants=merged.get("constants", {}), ema_params=ema_params)
+def _start_from(initial: Weights | Backbone, state: TrainState, classes: build.ClassTable, workdir: Path) -> TrainState:
+    """A new run's state with loaded weights; `workdir/init.json` tells of every array where it is from."""
+    report_path = workdir / "init.json" if jax.process_index() == 0 else None
+    variables = start_from(initial, {"params": state.params, "constants": state.constants}, classes, report_path)
+    ema_params = None if state.ema_params is None else variables["params"]
+    return state.replace(params=variables["params"], constants=variables.get("constants", {}), ema_params=ema_params)
 
 
 def _check_same_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
@@ -342,7 +329,8 @@ def _evaluate(
     host: tuple[int, int],
 ) -> CocoMetrics:
     """Runs every picture of the source and scores the detections. `variables` are replicated."""
-    batches = build.make_eval_batches(config, source, classes, host)
+    classes = build.classes_in_data(classes, source.categories)
+    batches = build.make_eval_batches(config, source, host)
     results = []
     try:
         for batch in batches:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cdetr_jax.checkpoints.torch_convert import from_official, official_name
+from cdetr_jax.checkpoints.torch_convert import OFFICIAL, from_torch, torch_name
 
 
 def shape(*sides):
@@ -47,27 +47,28 @@ def numbers(*sides, start=0):
     ],
 )
 def test_names(path, expected):
-    assert official_name(path) == expected
+    assert torch_name(path, OFFICIAL) == expected
 
 
 def test_a_matrix_is_transposed():
     weight = numbers(5, 3)
     variables = {"params": {"class_embed": {"kernel": shape(3, 5), "bias": shape(5)}}}
-    found = from_official({"class_embed.weight": weight, "class_embed.bias": numbers(5, start=70)}, variables)
+    found = from_torch({"class_embed.weight": weight, "class_embed.bias": numbers(5, start=70)}, variables, OFFICIAL)
     np.testing.assert_array_equal(found["params"]["class_embed"]["kernel"], weight.T)
     np.testing.assert_array_equal(found["params"]["class_embed"]["bias"], [70, 71, 72, 73, 74])
 
 
 def test_a_square_matrix_is_transposed_too():
     variables = {"params": {"class_embed": {"kernel": shape(2, 2)}}}
-    found = from_official({"class_embed.weight": np.array([[1, 2], [3, 4]])}, variables)
+    found = from_torch({"class_embed.weight": np.array([[1, 2], [3, 4]])}, variables, OFFICIAL)
     assert found["params"]["class_embed"]["kernel"].tolist() == [[1, 3], [2, 4]]
 
 
 def test_a_convolution_goes_from_oihw_to_hwio():
     weight = numbers(7, 3, 2, 5)  # out, in, height, width
     variables = {"params": {"backbone": {"conv1": {"kernel": shape(2, 5, 3, 7)}}}}
-    found = from_official({"backbone.0.body.conv1.weight": weight}, variables)["params"]["backbone"]["conv1"]["kernel"]
+    found = from_torch({"backbone.0.body.conv1.weight": weight}, variables, OFFICIAL)
+    found = found["params"]["backbone"]["conv1"]["kernel"]
     assert found.shape == (2, 5, 3, 7)
     for o, i, h, w in ((0, 0, 0, 0), (6, 2, 1, 4), (3, 1, 0, 2)):
         assert found[h, w, i, o] == weight[o, i, h, w]
@@ -75,7 +76,7 @@ def test_a_convolution_goes_from_oihw_to_hwio():
 
 def test_the_input_projection_becomes_a_matrix():
     weight = numbers(3, 5, 1, 1)
-    found = from_official({"input_proj.weight": weight}, {"params": {"input_proj": {"kernel": shape(5, 3)}}})
+    found = from_torch({"input_proj.weight": weight}, {"params": {"input_proj": {"kernel": shape(5, 3)}}}, OFFICIAL)
     np.testing.assert_array_equal(found["params"]["input_proj"]["kernel"], weight[:, :, 0, 0].T)
 
 
@@ -87,7 +88,7 @@ def test_embeddings_and_statistics_stay_as_they_are():
     names = ("running_mean", "running_var", "weight", "bias")
     state_dict = {f"backbone.0.body.bn1.{name}": numbers(3, start=10 * i) for i, name in enumerate(names)}
     state_dict["backbone.0.body.bn1.num_batches_tracked"] = np.array(3)  # ignored
-    found = from_official(state_dict | {"query_embed.weight": numbers(5, 3)}, variables)
+    found = from_torch(state_dict | {"query_embed.weight": numbers(5, 3)}, variables, OFFICIAL)
     np.testing.assert_array_equal(found["params"]["query_embed"], numbers(5, 3))
     norm = found["constants"]["backbone"]["bn1"]
     assert {name: norm[name].tolist() for name in norm} == {
@@ -103,7 +104,7 @@ def test_a_packed_projection_is_split_in_the_order_query_key_value():
     weight, bias = numbers(6, 2), numbers(6)
     attention = {f"{name}_proj": {"kernel": shape(2, 2), "bias": shape(2)} for name in "qkv"}
     variables = {"params": {"transformer": {"encoder_layers_0": {"self_attn": attention}}}}
-    found = from_official({f"{prefix}.in_proj_weight": weight, f"{prefix}.in_proj_bias": bias}, variables)
+    found = from_torch({f"{prefix}.in_proj_weight": weight, f"{prefix}.in_proj_bias": bias}, variables, OFFICIAL)
     found = found["params"]["transformer"]["encoder_layers_0"]["self_attn"]
     assert found["q_proj"]["kernel"].tolist() == [[0, 2], [1, 3]]
     assert found["k_proj"]["kernel"].tolist() == [[4, 6], [5, 7]]
@@ -126,37 +127,37 @@ def test_everything_that_does_not_fit_is_listed():
         "optimizer_step": numbers(1),
         "label_enc.weight": numbers(2, 2),
     }
-    with pytest.raises(ValueError, match="the checkpoint does not fit the model") as error:
-        from_official(state_dict, variables)
+    with pytest.raises(ValueError, match="the weights do not fit the model") as error:
+        from_torch(state_dict, variables, OFFICIAL)
     message = str(error.value)
-    assert "missing ['input_proj.bias']" in message
-    assert "unused ['optimizer_step', 'label_enc.weight']" in message
-    assert "'class_embed.weight (3, 11), expected (3, 5)'" in message
-    assert "'query_embed.weight (13, 3), expected (7, 3)'" in message
+    assert "missing input_proj.bias;" in message
+    assert "unused optimizer_step, label_enc.weight;" in message
+    assert "class_embed.weight (3, 11), expected (3, 5)" in message
+    assert "query_embed.weight (13, 3), expected (7, 3)" in message
     assert "class_embed.bias" not in message
 
 
 @pytest.mark.parametrize(
     ("state_dict", "message"),
     [
-        ({}, r"missing \['query_embed.weight'\], unused \[\], mis-shaped \[\]"),
+        ({}, r"missing query_embed.weight; unused none; mis-shaped none"),
         (
             {"query_embed.weight": numbers(7, 3), "extra": numbers(1)},
-            r"missing \[\], unused \['extra'\], mis-shaped \[\]",
+            r"missing none; unused extra; mis-shaped none",
         ),
-        ({"query_embed.weight": numbers(3, 7)}, r"unused \[\], mis-shaped \['query_embed.weight \(3, 7\), expected"),
+        ({"query_embed.weight": numbers(3, 7)}, r"unused none; mis-shaped query_embed.weight \(3, 7\), expected"),
     ],
 )
 def test_each_single_misfit_is_refused(state_dict, message):
     with pytest.raises(ValueError, match=message):
-        from_official(state_dict, {"params": {"query_embed": shape(7, 3)}})
+        from_torch(state_dict, {"params": {"query_embed": shape(7, 3)}}, OFFICIAL)
 
 
 def test_a_missing_packed_projection_is_listed_once():
     attention = {f"{name}_proj": {"bias": shape(2)} for name in "qkv"}
     variables = {"params": {"transformer": {"encoder_layers_0": {"self_attn": attention}}}}
-    with pytest.raises(ValueError, match="does not fit") as error:
-        from_official({}, variables)
+    with pytest.raises(ValueError, match="do not fit") as error:
+        from_torch({}, variables, OFFICIAL)
     assert str(error.value).count("in_proj_bias") == 1
 
 
@@ -164,10 +165,12 @@ def test_a_packed_projection_of_the_wrong_length_is_mis_shaped():
     variables = {"params": {"transformer": {"encoder_layers_0": {"self_attn": {"q_proj": {"bias": shape(2)}}}}}}
     name = "transformer.encoder.layers.0.self_attn.in_proj_bias"
     for wrong in (numbers(7), numbers(9)):
-        with pytest.raises(ValueError, match=rf"mis-shaped \['{name} "):
-            from_official({name: wrong}, variables)
+        with pytest.raises(ValueError, match=rf"mis-shaped {name} "):
+            from_torch({name: wrong}, variables, OFFICIAL)
 
 
 def test_a_wider_input_projection_is_not_cut_to_a_matrix():
     with pytest.raises(ValueError, match=r"input_proj.weight \(3, 3, 5, 3\), expected \(5, 3\)"):
-        from_official({"input_proj.weight": numbers(3, 5, 3, 3)}, {"params": {"input_proj": {"kernel": shape(5, 3)}}})
+        from_torch(
+            {"input_proj.weight": numbers(3, 5, 3, 3)}, {"params": {"input_proj": {"kernel": shape(5, 3)}}}, OFFICIAL
+        )

@@ -27,9 +27,11 @@ from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.data.sources import BadPictureError
 from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics
 from cdetr_jax.models import resnet
+from cdetr_jax.structs import Category
 from cdetr_jax.training import loop, parallel
 from cdetr_jax.training.step import StepFunctions, new_rng
 from cdetr_jax.visualization.curve import read_metrics
+from cdetr_jax.weights import load_initial, load_weights
 from configs import demo
 
 STEPS_PER_EPOCH, STEPS = 3, 9
@@ -182,12 +184,19 @@ def test_evaluate_gives_the_number_of_the_run_and_uses_the_moving_average(undist
         return original(config, trainer, variables, *rest)
 
     monkeypatch.setattr(loop, "_evaluate", spy)
-    assert loop.evaluate(config, workdir, "latest").summary == summary
-    state, _ = loop.load_state(config, workdir, 5, "latest")
-    used = jax.tree.map(lambda x: np.asarray(x)[0], seen[0]["params"])
-    jax.tree.map(np.testing.assert_array_equal, used, state.ema_params)
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state.ema_params, state.params)
-    assert max(jax.tree.leaves(moved)) > 1e-4
+    weights = load_weights(workdir, "latest")
+    assert loop.evaluate(config, weights).summary == summary
+    state, _ = saved_state(workdir, STEPS)
+    used = jax.tree_util.tree_leaves_with_path(seen[0]["params"])
+    assert used
+    for path, leaf in used:
+        np.testing.assert_array_equal(np.asarray(leaf)[0], state[f".ema_params{jax.tree_util.keystr(path)}"])
+    moved = [
+        np.abs(leaf - state[name.replace(".ema_params", ".params")]).max()
+        for name, leaf in state.items()
+        if name.startswith(".ema_params")
+    ]
+    assert max(moved) > 1e-4
 
 
 def test_predict_reads_the_workdir(undisturbed):
@@ -269,10 +278,15 @@ def test_the_last_and_the_best_by_ap_are_kept(compiled_once, tmp_path, monkeypat
     config = make_config(train={"checkpoint_every_steps": 100, "keep_checkpoints": 1}, eval={"every_epochs": 1})
     assert loop.train_and_evaluate(config, tmp_path)["AP"] == 0.3
     assert saved_steps(tmp_path) == [6, 9]
-    best, step = loop.load_state(config, tmp_path, 5, "best")
-    assert (step, int(best.step)) == (6, 6)
-    latest, step = loop.load_state(config, tmp_path, 5, "latest")
-    assert (step, int(latest.step)) == (9, 9)
+    for checkpoint, step in (("best", 6), ("latest", 9)):
+        found, expected = load_weights(tmp_path, checkpoint), load_weights(tmp_path / "checkpoints" / str(step))
+        jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
+    assert any(
+        (a != b).any()
+        for a, b in zip(
+            *(jax.tree.leaves(load_weights(tmp_path, c).variables) for c in ("best", "latest")), strict=True
+        )
+    )
     assert [row["AP"] for row in rows_without_clock(tmp_path, "eval")] == [0.2, 0.5, 0.3]
 
 
@@ -314,8 +328,8 @@ def test_other_shapes_are_refused_with_their_names(undisturbed, tmp_path):
     config = make_config(model={"num_queries": 5, "encoder_layers": 2, "decoder_layers": 1})
     with pytest.raises(ValueError, match=r"checkpoint 9 in .* does not fit the config's model and optimizer") as error:
         loop.train_and_evaluate(config, workdir)
-    missing, rest = str(error.value).split("missing ")[1].split(", unused ")
-    unused, misshapen = rest.split(", mis-shaped ")
+    missing, rest = str(error.value).split("missing ")[1].split("; unused ")
+    unused, misshapen = rest.split("; mis-shaped ")
     assert "ema_params/transformer/encoder_layers_1/" in missing
     assert "ema_params/transformer/decoder_layers_1/" in unused
     assert "ema_params/query_embed (7, 16), expected (5, 16)" in misshapen
@@ -438,20 +452,27 @@ def empty_state(config, num_classes):
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def test_a_new_run_starts_from_the_weights_of_another(undisturbed):
+def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path):
     """Here with 7 classes instead of 5: all but the class head is taken over, the head is left as it was made."""
-    config, workdir = undisturbed[:2]
-    source, _ = loop.load_state(config, workdir, 5, "best")
-    state = loop._start_from(str(workdir), empty_state(make_config(), 7))
-    expected = dict(source.eval_variables["params"])
+    workdir = undisturbed[1]
+    classes = tuple(Category(i, f"thing {i}") for i in range(7))
+    state = loop._start_from(load_initial(str(workdir)), empty_state(make_config(), 7), classes, tmp_path)
+    expected = load_weights(workdir).variables["params"]
     head, _ = state.params["class_embed"], expected.pop("class_embed")
     jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in state.params.items() if k in expected}, expected)
+    jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
     assert head["kernel"].shape[-1] == 7
     assert not head["kernel"].any()
     assert int(state.step) == 0
+    report = json.loads((tmp_path / "init.json").read_text())
+    assert report["made_new"] == report["left_over"] == ["params/class_embed/bias", "params/class_embed/kernel"]
+    assert len(report["loaded"]) == len(jax.tree.leaves(expected))
 
 
-def test_starting_from_another_model_is_refused(undisturbed):
+def test_starting_from_another_model_is_refused(undisturbed, tmp_path):
     config = make_config(model={"num_queries": 5, "decoder_layers": 1})
-    with pytest.raises(ValueError, match=r"config\.init=.*unused .*decoder_layers_1.*mis-shaped .*query_embed"):
-        loop._start_from(str(undisturbed[1]), empty_state(config, 5))
+    initial = load_initial(str(undisturbed[1]))
+    with pytest.raises(
+        ValueError, match=r"config\.init=.*unused .*decoder_layers_1.*mis-shaped .*query_embed.*num_queries=7"
+    ):
+        loop._start_from(initial, empty_state(config, 5), initial.classes, tmp_path)
