@@ -174,6 +174,24 @@ def start_from(
     return traverse_util.unflatten_dict({name: old.get(name, leaf) for name, leaf in new.items()}, sep="/")
 
 
+def check_form(initial: Weights, model: dict[str, Any]) -> None:
+    """Refuses weights whose arrays fit a model that computes something else with them.
+
+    Args:
+      initial: of `load_initial`.
+      model: the fields of `config.model` of the new run.
+    Raises: ValueError, with the fields that differ.
+    """
+    free = (*FREE_FIELDS, "num_classes", "local_gain", "dc5")  # a DC5 model may start from one without
+    differing = [
+        f"config.model.{name} is {model[name]!r}, expected {value!r}"
+        for name, value in initial.model.items()
+        if name not in free and model[name] != value
+    ]
+    if differing:
+        raise ValueError(f"config.init={initial.source} is of another model: {'; '.join(differing)}")
+
+
 def save_hub(weights: Weights, folder: str | os.PathLike, without_timm: bool = False) -> None:
     """Writes a folder that transformers loads: `model.safetensors`, `config.json`, `preprocessor_config.json`.
 

@@ -16,9 +16,12 @@ from configs import coco_folder
 def get_config() -> ml_collections.ConfigDict:
     """A narrow ResNet-18 with group norm and a small transformer whose attention starts near the reference points."""
     config = coco_folder.get_config()
+    config.init = ""
     model = config.model
     model.backbone = "resnet18"
     model.backbone_width = 24
+    model.backbone_norm = "group"
+    model.frozen_stages = 0
     model.dc5 = True
     model.width = 128
     model.ffn_width = 512

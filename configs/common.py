@@ -21,7 +21,9 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
         raise ValueError(f"there is no recipe for {epochs} epochs, only for {', '.join(DROP_EPOCHS)}")
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.init = ""  # workdir of a run to start the weights from; a class head of another size is made new
+    # What a new run starts from: a ResNet or a detector, as a hub name, file, folder or workdir; "": random weights.
+    # A detector's class head for other classes is made new. Without a network: name a local copy of the file.
+    config.init = "hf://timm/resnet50.tv_in1k"
 
     config.model = model = ml_collections.ConfigDict()
     model.decoder = "conditional"  # conditional (arXiv:2108.06152) | detr (arXiv:2005.12872)

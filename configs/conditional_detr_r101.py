@@ -13,5 +13,6 @@ from configs import common
 def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     """`epochs`: 12, 36, 50, 75 or 108, as --config=configs/conditional_detr_r101.py:75."""
     config = common.get_config(epochs)
+    config.init = "hf://timm/resnet101.tv_in1k"
     config.model.backbone = "resnet101"
     return config

@@ -12,6 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
     """A narrow ResNet-18 with group norm, trained from scratch."""
     config = common.get_config()
     with config.unlocked():
+        config.init = ""
         model = config.model
         model.backbone = "resnet18"
         model.backbone_width = 16

@@ -24,7 +24,7 @@ from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
 from cdetr_jax.training.parallel import Trainer, first
 from cdetr_jax.training.step import TrainState, new_rng
 from cdetr_jax.weights import FREE_FIELDS as FREE_MODEL_FIELDS
-from cdetr_jax.weights import Backbone, Weights, load_initial, start_from
+from cdetr_jax.weights import Backbone, Weights, check_form, load_initial, start_from
 
 # Fields that may change between the start of a run and its resumption: they do not touch the weights.
 FREE_GROUPS = ("eval",)
@@ -219,7 +219,11 @@ def _initial_state(
     if step is None:
         initial = load_initial(config.init) if config.init else None
         state = functions.init(new_rng(config.seed), tuple(config.data.eval_shapes[0]))
-        return (state if initial is None else _start_from(initial, state, classes, checkpoints.directory.parent)), 0
+        if initial is not None:
+            state = _start_from(initial, state, classes, checkpoints.directory.parent)
+        if isinstance(initial, Weights):
+            check_form(initial, config.model.to_dict())
+        return state, 0
     state, position = checkpoints.restore(step, _template(config, functions))
     if position["steps_per_epoch"] != steps_per_epoch:
         raise ValueError(
