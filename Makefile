@@ -20,8 +20,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/cdetr train --config=configs/demo.py --workdir=$(DEMO) $(DEMO_FLAGS)
-	$(BIN)/cdetr evaluate --workdir=$(DEMO)
-	$(BIN)/cdetr predict --workdir=$(DEMO) --from-eval=12 --output=$(DEMO)/found
+	$(BIN)/cdetr evaluate --weights=$(DEMO)
+	$(BIN)/cdetr predict --weights=$(DEMO) --from-eval=12 --output=$(DEMO)/found
 	@echo
 	@echo "The demo is done. Its results:"
 	@echo "  pictures with what was found   $(DEMO)/found/ (all in one: $(DEMO)/found/sheet.png)"

@@ -94,7 +94,7 @@ class Detector:
         Raises: as `load_weights`.
         """
         source = os.fspath(source)
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) and not os.path.exists(source):
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", source) and not os.path.exists(source):
             source = HUB_PREFIX + source
         return cls(load_weights(source, checkpoint))
 

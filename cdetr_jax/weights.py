@@ -200,8 +200,9 @@ def save_hub(weights: Weights, folder: str | os.PathLike, without_timm: bool = F
     Raises: ValueError, if transformers has no such model; OSError.
     """
     layout = HUB_WITHOUT_TIMM if without_timm else HUB
-    config = architecture.hub_config(weights.model, weights.classes, layout)
     sides = weights.preprocessing
+    config = architecture.hub_config(weights.model, weights.classes, layout)
+    config["cdetr_jax"] = {"shapes_hw": sides.shapes_hw, "top_k": weights.top_k}
     preprocessor = architecture.hub_preprocessor(weights.model["decoder"], sides.short_side_px, sides.long_side_max_px)
     torch_files.write_hub_folder(folder, to_torch(weights.variables, layout), config, preprocessor)
 
@@ -217,6 +218,8 @@ def save_pth(weights: Weights, path: str | os.PathLike) -> None:
         "model": dict(weights.model),
         "classes": classes,
         "sides_px": [sides.short_side_px, sides.long_side_max_px],
+        "shapes_hw": [list(shape) for shape in sides.shapes_hw],
+        "top_k": weights.top_k,
     }
     torch_files.write_pickle(path, to_torch(weights.variables, OFFICIAL), {"cdetr_jax": extra})
 
@@ -265,13 +268,16 @@ def _load_published(source: str, file: torch_files.WeightsFile, layout: Layout, 
         classes = architecture.classes_of(file, fields["num_classes"])
         variables = from_torch(file.state_dict, _template(fields), layout)
     short, long = architecture.sides_of(file)
-    return Weights(source, fields, classes, variables, Preprocessing(short, long, evaluation_shapes(short, long)))
+    ours = architecture.added_by_us(file)
+    shapes = tuple(tuple(shape) for shape in ours.get("shapes_hw", evaluation_shapes(short, long)))
+    return Weights(source, fields, classes, variables, Preprocessing(short, long, shapes), ours.get("top_k", 100))
 
 
 def _load_run(source: str, workdir: str, step: int | None, checkpoint: str) -> Weights:
     config = run_files.load_config(workdir)
     classes = run_files.load_classes(workdir)
-    fields = config.model.to_dict() | {"num_classes": len(classes)}
+    # A run from before a field was there is one with its published value.
+    fields = architecture.published_fields() | config.model.to_dict() | {"num_classes": len(classes)}
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         if step is None:
@@ -320,6 +326,8 @@ def _head_differs(weights: Weights, new: dict[str, Any], classes: build.ClassTab
     """Whether the class head has another size, or a logit would change its meaning."""
     old = traverse_util.flatten_dict(weights.variables, sep="/")
     if any(name in new and new[name].shape != old[name].shape for name in old if name.startswith(HEAD)):
+        return True
+    if len(weights.classes) != len(classes):  # one of the two has a logit for "no object"
         return True
     return any(
         before and now and before.name != now.name and not before.is_unnamed and not now.is_unnamed

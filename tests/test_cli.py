@@ -1,13 +1,17 @@
-"""The `cdetr` command: help, what it refuses and how, and train, evaluate and predict on small made-up pictures."""
+"""The `cdetr` command: help, what it refuses and how, and train, evaluate, predict and convert on small pictures."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import cdetr_jax
 from cdetr_jax.cli.main import run
@@ -15,10 +19,14 @@ from cdetr_jax.evaluation.coco_eval import SUMMARY
 from cdetr_jax.models import resnet
 
 ROOT = cdetr_jax.__path__[0] + "/.."
+# The model is of the published form, and pictures are padded to what their sides say: as the hub's files can say it.
 SMALL = [
     f"--config.{field}={value}"
     for field, value in {
         "model.backbone_width": 8,
+        "model.backbone_norm": "frozen_batch",
+        "model.dc5": False,
+        "model.temperature": 10000.0,
         "model.width": 16,
         "model.num_heads": 2,
         "model.ffn_width": 16,
@@ -27,11 +35,11 @@ SMALL = [
         "data.synthetic.eval_pictures": 5,
         "data.synthetic.height": 32,
         "data.synthetic.width": 40,
-        "data.train_shapes": "((48, 48),)",
-        "data.eval_shapes": "((48, 48),)",
-        "data.short_sides_px": "(32,)",
-        "data.long_side_max_px": 48,
-        "data.eval_short_side_px": 32,
+        "data.train_shapes": "((64, 64),)",
+        "data.eval_shapes": "((64, 64),)",
+        "data.short_sides_px": "(64,)",
+        "data.long_side_max_px": 64,
+        "data.eval_short_side_px": 64,
         "train.batch_size": 4,
         "train.num_epochs": 1,
         "train.log_every_steps": 1,
@@ -81,12 +89,27 @@ def fails(capsys, arguments, status=1):
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ([], ["train", "evaluate", "predict", "benchmark", "go on with a run that was stopped"]),
+        ([], ["train", "evaluate", "predict", "convert", "benchmark", "go on with a run that was stopped"]),
         (["train"], ["--config FILE", "--workdir DIR", "--multihost", "--config.optimizer.lr=2e-4", "configs/demo.py"]),
-        (["evaluate"], ["--workdir DIR", "--checkpoint {best,latest}", "12 numbers", "cdetr evaluate --workdir="]),
+        (
+            ["evaluate"],
+            [
+                "--weights SOURCE",
+                "--workdir SOURCE",
+                "--checkpoint {best,latest}",
+                "--dc5",
+                "12 numbers",
+                "--config FILE",
+            ],
+        ),
         (
             ["predict"],
-            ["--workdir DIR", "--output DIR", "--threshold SCORE", "--from-eval N", "predictions.json", "sheet.png"],
+            ["--weights SOURCE", "--workdir SOURCE", "--output DIR", "--threshold SCORE", "--from-eval N", "sheet.png"],
+        ),
+        (["predict"], ["predictions.json", "hf://microsoft/conditional-detr-resnet-50", "ConditionalDETR_r50.pth"]),
+        (
+            ["convert"],
+            ["SOURCE DESTINATION", "--to {hub,pth,orbax}", "--without-timm", "--checkpoint", "--config.init"],
         ),
         (["benchmark"], ["--config FILE", "--batch N", "--size HxW", "--targets N", "--steps N"]),
     ],
@@ -103,7 +126,7 @@ def test_help_imports_nothing_heavy():
     code = """if True:
         import sys
         from cdetr_jax.cli.main import run
-        for arguments in ([], ["train"], ["evaluate"], ["predict"], ["benchmark"]):
+        for arguments in ([], ["train"], ["evaluate"], ["predict"], ["convert"], ["benchmark"]):
             try:
                 run([*arguments, "--help"])
             except SystemExit as end:
@@ -138,6 +161,10 @@ DEMO = "--config=configs/demo.py"
         (["predict", "--workdir=w", "--output=o", "--config.seed=1"], "unknown argument '--config.seed=1'"),
         (["predict", "--workdir=w", "--output=o", "--threshold=half"], "argument --threshold: invalid float value"),
         (["evaluate", "--workdir=w", "--checkpoint=first"], "argument --checkpoint: invalid choice: 'first'"),
+        (["evaluate", "--checkpoint=best"], "the following arguments are required: --weights/--workdir"),
+        (["convert", "w", "folder"], "the following arguments are required: --to"),
+        (["convert", "w", "--to=hub"], "the following arguments are required: DESTINATION"),
+        (["convert", "w", "folder", "--to=onnx"], "argument --to: invalid choice: 'onnx'"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
@@ -188,9 +215,9 @@ def test_a_folder_that_is_no_workdir(command, capsys, tmp_path):
     arguments = [str(tmp_path / word) if word == "picture.png" else word for word in command]
     arguments = [f"--output={tmp_path / 'found'}" if word == "--output=found" else word for word in arguments]
     error = fails(capsys, [*arguments, f"--workdir={tmp_path}"])
-    assert error.strip().splitlines()[-1] == (
-        f"cdetr {command[0]}: error: {tmp_path}/config.json is missing: {tmp_path} is not the workdir of a run; train "
-        "one with `cdetr train`"
+    assert error == (
+        f"cdetr {command[0]}: error: the folder {tmp_path} holds neither model.safetensors nor pytorch_model.bin, nor "
+        "is it the workdir of a run\n"
     )
 
 
@@ -213,7 +240,7 @@ def test_train_leaves_a_workdir(trained):
     assert sorted(path.name for path in (trained / "checkpoints").iterdir() if path.name.isdigit()) == ["2"]
     config = json.loads((trained / "config.json").read_text())
     assert config["model"]["width"] == 16
-    assert config["data"]["eval_shapes"] == [[48, 48]]
+    assert config["data"]["eval_shapes"] == [[64, 64]]
     with Image.open(trained / "curve.png") as curve:
         assert curve.format == "PNG"
     classes = json.loads((trained / "classes.json").read_text())
@@ -328,3 +355,201 @@ def test_predict_on_nothing(names, message, trained, tmp_path, capsys):
     files = [str(tmp_path / name) for name in names]
     assert message in fails(capsys, ["predict", f"--workdir={trained}", f"--output={tmp_path}/o", *files])
     assert not (tmp_path / "o").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- convert
+
+
+@pytest.fixture(scope="module")
+def converted(trained, tmp_path_factory):
+    """The trained run as a folder of the hub's layout."""
+    folder = tmp_path_factory.mktemp("converted") / "hub"
+    run(["convert", str(trained), str(folder), "--to=hub", "--without-timm"])
+    return folder
+
+
+def predictions(source, pictures, output):
+    files = [str(pictures / name) for name in ("gray.png", "one", "turned.jpg")]
+    run(["predict", f"--weights={source}", f"--output={output}", "--threshold=0", *files])
+    return (output / "predictions.json").read_text()
+
+
+def test_what_was_converted_predicts_the_same(trained, converted, pictures, capsys):
+    run(["convert", str(trained), str(pictures / "orbax"), "--to=orbax", "--checkpoint=latest"])
+    printed = capsys.readouterr().out
+    assert printed == (
+        f"{pictures}/orbax: ConditionalDetr, resnet18, 5 classes\n"
+        f"load it with cdetr predict --weights={pictures}/orbax, or cdetr train --config.init={pictures}/orbax\n"
+    )
+    expected = predictions(trained, pictures, pictures / "out")
+    assert len(json.loads(expected)) == 3 * 7 * 5
+    for source in (converted, pictures / "orbax"):
+        assert predictions(source, pictures, pictures / f"out_{source.name}") == expected
+
+
+def test_convert_says_how_to_load_a_folder(converted, tmp_path, capsys):
+    """Also one that was converted itself."""
+    run(["convert", str(converted), str(tmp_path / "again"), "--to=hub", "--without-timm"])
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/again: ConditionalDetr, resnet18, 5 classes\n"
+        f'load it with transformers.ConditionalDetrForObjectDetection.from_pretrained("{tmp_path}/again")\n'
+    )
+    for path in converted.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_convert_to_a_pth(converted, pictures, capsys):
+    pytest.importorskip("torch")
+    run(["convert", str(converted), str(pictures / "w.pth"), "--to=pth"])
+    assert f"or cdetr predict --weights={pictures}/w.pth" in capsys.readouterr().out
+    expected = predictions(converted, pictures, pictures / "out")
+    assert predictions(pictures / "w.pth", pictures, pictures / "out_pth") == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to=pth", "--without-timm"], "--without-timm is of --to=hub, not of --to=pth"),
+        (["--to=orbax", "--without-timm"], "--without-timm is of --to=hub, not of --to=orbax"),
+        (
+            ["--to=hub"],
+            "the hub's layout has only the published form, but model.backbone_width is 8, not 64; use --to=pth",
+        ),
+    ],
+)
+def test_what_cannot_be_converted(arguments, message, converted, tmp_path, capsys):
+    error = fails(capsys, ["convert", str(converted), str(tmp_path / "new"), *arguments])
+    assert error == f"cdetr convert: error: {message}\n"
+    assert not (tmp_path / "new").exists()
+
+
+def test_convert_to_a_pth_without_pytorch(converted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    error = fails(capsys, ["convert", str(converted), str(tmp_path / "w.pth"), "--to=pth"])
+    assert error.endswith("`pip install cdetr_jax[torch]`, or use the model's .safetensors\n")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_does_not_write_over_a_run(trained, converted, capsys):
+    before = (trained / "config.json").read_text()
+    error = fails(capsys, ["convert", str(converted), str(trained), "--to=orbax"])
+    assert error == f"cdetr convert: error: {trained} holds a run already; name another folder\n"
+    assert (trained / "config.json").read_text() == before
+
+
+# ----------------------------------------------------------------------------------- weights that are not of a run
+
+
+def test_evaluate_needs_to_know_on_what(converted, capsys):
+    error = fails(capsys, ["evaluate", f"--weights={converted}"])
+    assert error == (
+        f"cdetr evaluate: error: {converted} does not say on which pictures to evaluate it; name a recipe, such as "
+        "--config=configs/conditional_detr_r50.py\n"
+    )
+
+
+def test_evaluate_with_a_recipe_gives_the_table_of_the_run(trained, converted, capsys):
+    run(["evaluate", f"--weights={trained}"])
+    expected = capsys.readouterr().out
+    run(["evaluate", f"--weights={converted}", DEMO, *SMALL])
+    assert capsys.readouterr().out == expected
+
+
+def test_pictures_of_the_evaluation_set_need_a_run(converted, tmp_path, capsys):
+    error = fails(capsys, ["predict", f"--weights={converted}", f"--output={tmp_path}/o", "--from-eval=2"])
+    assert error == (
+        f"cdetr predict: error: --from-eval needs the workdir of a run, and {converted} is none; name pictures "
+        "instead\n"
+    )
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def renamed(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.replace("model.", "vit.", 1): array for name, array in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def without_a_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["bbox_predictor.layers.1.bias"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def with_a_damaged_config(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text()[:100])
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("command", ["predict", "convert", "evaluate"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "{0}/model.safetensors is damaged or no safetensors file: "),
+        (renamed, "{0}: these are the weights of no Conditional DETR, DETR or ResNet in a published layout; the first"),
+        (
+            without_a_tensor,
+            "{0}: the weights do not fit the model: missing bbox_predictor.layers.1.bias; unused none; mis",
+        ),
+        (with_a_damaged_config, "{0}/config.json is damaged: "),
+        (empty, "the folder {0} holds neither model.safetensors nor pytorch_model.bin, nor is it the workdir of a run"),
+    ],
+)
+def test_broken_weights_are_one_line(damage, message, command, converted, tmp_path, capsys):
+    folder = tmp_path / "w"
+    shutil.copytree(converted, folder)
+    damage(folder)
+    Image.new("RGB", (40, 32)).save(tmp_path / "picture.png")
+    arguments = {
+        "predict": [f"--weights={folder}", f"--output={tmp_path}/o", f"{tmp_path}/picture.png"],
+        "convert": [str(folder), f"{tmp_path}/o", "--to=hub", "--without-timm"],
+        "evaluate": [f"--weights={folder}", DEMO],
+    }[command]
+    error = fails(capsys, [command, *arguments])
+    assert error.startswith(f"cdetr {command}: error: {message.format(folder)}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "hf://owner/model",
+            "hf://owner/model is not in the cache and could not be downloaded (no route to the hub). With",
+        ),
+        ("hf://model", "hf://model is no hub name; expected hf://owner/model, or hf://owner/model@revision"),
+        ("none.pth", "there is no file or folder none.pth; a hub name is written hf://owner/model"),
+    ],
+)
+def test_weights_that_are_not_there_are_one_line(name, message, tmp_path, capsys, monkeypatch):
+    def no_network(*_, **__):
+        raise LocalEntryNotFoundError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    Image.new("RGB", (40, 32)).save(tmp_path / "picture.png")
+    error = fails(capsys, ["predict", f"--weights={name}", f"--output={tmp_path}/o", f"{tmp_path}/picture.png"])
+    assert error.startswith(f"cdetr predict: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_a_run_that_cannot_start_from_the_hub_says_what_else_it_can_do(tmp_path, capsys, monkeypatch):
+    def no_network(*_, **__):
+        raise LocalEntryNotFoundError("no route to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    init = "--config.init=hf://timm/resnet18.tv_in1k"
+    error = fails(capsys, ["train", DEMO, f"--workdir={tmp_path}/w", *SMALL, init]).splitlines()[-1]
+    assert error.startswith("cdetr train: error: config.init: hf://timm/resnet18.tv_in1k is not in the cache and could")
+    assert error.endswith("or train from random weights: --config.init= --config.model.backbone_norm=group "
+                          "--config.model.frozen_stages=0")  # fmt: skip

@@ -35,11 +35,13 @@ checkpoints/misfit
 checkpoints/io checkpoints/workdir checkpoints/torch_convert checkpoints/torch_files
 checkpoints/architecture
 build
+onnx_convert
 weights
+export
 training/loop
 inference
 cli/settings
-cli/train cli/evaluate cli/predict cli/convert cli/benchmark
+cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark
 cli/main
 """
 RANK = {
@@ -111,8 +113,17 @@ def test_packages_import_nothing_at_once(path):
 def test_nothing_optional_is_imported_before_it_is_needed():
     modules = ("training.loop", "inference", *(f"cli.{path.stem}" for path in (PACKAGE / "cli").glob("[a-z]*.py")))
     code = "import sys\n" + "".join(f"import cdetr_jax.{module}\n" for module in modules)
-    heavy = ("tensorflow", "torch", "tensorflow_datasets", "matplotlib", "torchvision", "pycocotools", "tensorboard",
-             "huggingface_hub", "supervision")
+    heavy = (
+        "tensorflow",
+        "torch",
+        "tensorflow_datasets",
+        "matplotlib",
+        "torchvision",
+        "pycocotools",
+        "tensorboard",
+        "huggingface_hub",
+        "supervision",
+    )
     code += f"print([name for name in {heavy} if name in sys.modules], 'jax' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert found.stdout.strip() == "[] True"

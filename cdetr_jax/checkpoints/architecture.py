@@ -61,6 +61,7 @@ def model_fields(file: WeightsFile, layout: Layout) -> dict[str, Any]:
             "%s says nothing of its model's heads and dilation: %d heads%s",
             file.path, fields["num_heads"], ", DC5 as its name says" if fields["dc5"] else ", not DC5",
         )  # fmt: skip
+        _check_fields(fields, file)
         return fields
     said = file.config if file.config is not None else file.extra["args"]
     kind = 0 if file.config is not None else 1
@@ -90,14 +91,21 @@ def classes_of(file: WeightsFile, num_classes: int) -> tuple[Category | None, ..
                 f"{file.path.with_name(CONFIG)}: id2label names {len(names)} classes, but the class head has "
                 f"{num_classes}, counted from 0; correct the one that is wrong"
             )
+    ids = (file.config or {}).get("category_ids")  # only we write them
+    if ids is not None:
+        if not isinstance(ids, list) or len(ids) != len(names):
+            raise ValueError(
+                f"{file.path.with_name(CONFIG)}: category_ids are {ids}, expected one for each of the {num_classes} "
+                "classes of id2label"
+            )
+        return tuple(None if ids[i] is None else Category(ids[i], names[i]) for i in range(num_classes))
     if all(name == f"LABEL_{logit}" for logit, name in names.items()):  # transformers' way of saying: no names
         if num_classes == 91:
             logging.info("%s names no classes; its 91 logits are taken as COCO's category ids", file.path)
             by_id = {category.id: category for category in COCO_CATEGORIES}
             return tuple(by_id.get(logit) for logit in range(num_classes))
         return tuple(Category(logit, f"class {logit}") for logit in range(num_classes))
-    ids = file.config.get("category_ids") or list(range(num_classes))
-    return tuple(None if names[i] == NOTHING else Category(ids[i], names[i]) for i in range(num_classes))
+    return tuple(None if names[i] == NOTHING else Category(i, names[i]) for i in range(num_classes))
 
 
 def sides_of(file: WeightsFile) -> tuple[int, int]:
@@ -179,6 +187,11 @@ def hub_config(model: Mapping[str, Any], classes: tuple[Category | None, ...], l
     }
 
 
+def added_by_us(file: WeightsFile) -> dict[str, Any]:
+    """What a file of ours says that the published formats have no place for; empty for others."""
+    return file.extra.get("cdetr_jax") or (file.config or {}).get("cdetr_jax") or {}
+
+
 def hub_preprocessor(decoder: str, short_side_px: int, long_side_max_px: int) -> dict[str, Any]:
     """The hub's `preprocessor_config.json`."""
     return {
@@ -201,13 +214,10 @@ _NOT_IN_TRANSFORMERS = ("backbone_norm", "reference_point", "spatial_query", "tr
 
 def _our_fields(file: WeightsFile) -> dict[str, Any]:
     fields = file.extra["cdetr_jax"].get("model", {})
-    expected = published_fields()
-    if fields.keys() != expected.keys():
-        raise ValueError(
-            f"{file.path}: its model has the fields {sorted(fields)}, expected {sorted(expected)}; it is of another "
-            "version of cdetr_jax"
-        )
-    return dict(fields)
+    unknown = sorted(fields.keys() - published_fields().keys())
+    if unknown:
+        raise ValueError(f"{file.path}: its model has the fields {unknown}, unknown here; use a newer cdetr_jax")
+    return published_fields() | fields
 
 
 def _fields_of_shapes(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, Any]:
@@ -284,6 +294,11 @@ def _check_fields(fields: Mapping[str, Any], file: WeightsFile) -> None:
                 f"{file.path}: its config says {fields[name]!r} for what we call model.{name}, expected something like "
                 f"{default!r}"
             )
+    if fields["width"] % fields["num_heads"]:
+        raise ValueError(
+            f"{file.path}: {fields['num_heads']} attention heads do not divide the width {fields['width']}; say in a "
+            "config.json beside it how many there are"
+        )
     if fields["backbone"] not in STAGE_SIZES:
         raise ValueError(
             f"{file.path}: its backbone is {fields['backbone']!r}, expected one of {', '.join(STAGE_SIZES)}"

@@ -53,15 +53,21 @@ class Layout(NamedTuple):
     """One published way to name the same arrays.
 
     Attributes:
+      name: what it is called.
       renames: regular expressions that rewrite our slash-joined path, applied in order.
       packed: an attention's q, k and v projections are one array.
     """
 
+    name: str
     renames: tuple[Rename, ...]
     packed: bool = False
 
+    def __repr__(self) -> str:
+        return self.name
+
 
 OFFICIAL = Layout(  # the authors' `.pth` files, and facebookresearch/detr's
+    "OFFICIAL",
     (
         (r"^transformer/(query_scale|ref_point_head)", r"transformer/decoder/\1"),
         (r"^transformer/decoder_norm", "transformer/decoder/norm"),
@@ -74,9 +80,11 @@ OFFICIAL = Layout(  # the authors' `.pth` files, and facebookresearch/detr's
     ),
     packed=True,
 )
-HUB = Layout((*_HUB, *_RESNET, *_LEAVES))  # the hub's, whose backbone is timm's
-HUB_WITHOUT_TIMM = Layout((*_HUB, *_RESNET_OF_TRANSFORMERS, *_LEAVES))  # the same with transformers' own backbone
-BACKBONE = Layout(((r"^backbone/", ""), *_RESNET, *_LEAVES))  # torchvision's and timm's ResNets
+HUB = Layout("HUB", (*_HUB, *_RESNET, *_LEAVES))  # the hub's, whose backbone is timm's
+HUB_WITHOUT_TIMM = Layout(
+    "HUB_WITHOUT_TIMM", (*_HUB, *_RESNET_OF_TRANSFORMERS, *_LEAVES)
+)  # the same with transformers' own backbone
+BACKBONE = Layout("BACKBONE", ((r"^backbone/", ""), *_RESNET, *_LEAVES))  # torchvision's and timm's ResNets
 
 
 def layout_of(names: Collection[str]) -> Layout:

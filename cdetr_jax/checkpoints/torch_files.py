@@ -137,7 +137,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: _as_float32(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118, it is no mapping
-    except (safetensors.SafetensorError, TypeError) as error:
+    except (safetensors.SafetensorError, TypeError, AttributeError) as error:  # the last two: a type NumPy lacks
         raise ValueError(f"{path} is damaged or no safetensors file: {error}; fetch or write it again") from error
 
 

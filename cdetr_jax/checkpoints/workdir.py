@@ -22,7 +22,7 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
 
     Raises: FileNotFoundError, if the folder is not a run's.
     """
-    return ml_collections.ConfigDict(json.loads(_read(workdir, CONFIG))).lock()
+    return ml_collections.ConfigDict(_read(workdir, CONFIG)).lock()
 
 
 def save_classes(workdir: str | os.PathLike, classes: tuple[Category | None, ...]) -> None:
@@ -40,16 +40,19 @@ def load_classes(workdir: str | os.PathLike) -> tuple[Category | None, ...]:
 
     Raises: FileNotFoundError, if the folder is not a run's.
     """
-    return tuple(entry and Category(**entry) for entry in json.loads(_read(workdir, CLASSES)))
+    return tuple(entry and Category(**entry) for entry in _read(workdir, CLASSES))
 
 
-def _read(workdir: str | os.PathLike, name: str) -> str:
+def _read(workdir: str | os.PathLike, name: str) -> Any:
     path = Path(workdir) / name
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: {workdir} is not the workdir of a run; train one with `cdetr train`"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; restore it, or use another workdir") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

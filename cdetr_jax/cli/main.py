@@ -104,6 +104,24 @@ def parser() -> argparse.ArgumentParser:
         "--without-timm", action="store_true", help="hub: name the backbone so that transformers loads it without timm"
     )
 
+    export = add(
+        "export",
+        "write a detector as one file that runs without this package",
+        WEIGHTS_HELP + "\n\nformats:\n"
+        "  stablehlo  a zip for JAX on CPU, CUDA and TPU\n"
+        "  onnx       for onnxruntime; needs `pip install 'cdetr_jax[onnx]'`\n"
+        "The file is loaded again, timed, and compared with this program's own results.\n\n"
+        "example:\n  cdetr export --weights=runs/demo --to=onnx --output=detector.onnx",
+    )
+    add_weights(export, "--weights", required=True)
+    export.add_argument("--to", required=True, choices=("stablehlo", "onnx"), help="format, see below")
+    export.add_argument("--output", required=True, metavar="FILE", help="file to write, such as detector.zip")
+    export.add_argument("--batch", default="any", metavar="N", help="pictures a call, a number or any (default: any)")
+    export.add_argument(
+        "--size", metavar="HxW", help="of the padded pictures, in pixels (default: holds all that evaluation makes)"
+    )
+    export.add_argument("--top-k", type=int, metavar="K", help="detections a picture (default: the detector's own)")
+
     benchmark = add(
         "benchmark",
         "time the parts of a train step and the inference on this machine",
@@ -131,7 +149,7 @@ def run(argv: list[str] | None = None) -> None:
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError) as error:
         print(f"cdetr {arguments.command}: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

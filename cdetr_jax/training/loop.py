@@ -30,6 +30,7 @@ from cdetr_jax.weights import Backbone, Weights, check_form, load_initial, start
 FREE_GROUPS = ("eval",)
 FREE_FIELDS = (
     "data.workers",
+    "data.threads",
     "data.eval_images",
     "data.eval_annotations",
     "data.train_images",
@@ -251,10 +252,10 @@ def _check_same_run(config: ml_collections.ConfigDict, workdir: str | os.PathLik
         return
     changes = []
     flat_before, flat_now = _flatten(before), _flatten(config.to_dict())
-    for field in sorted(flat_before.keys() | flat_now.keys()):
+    for field in sorted(flat_before):  # a field that came later has, as its default, what was done before
         free = field in FREE_FIELDS or field.split(".")[0] in FREE_GROUPS
-        if not free and _plain(flat_before.get(field)) != _plain(flat_now.get(field)):
-            changes.append(f"config.{field} was {flat_before.get(field)!r}, is {flat_now.get(field)!r}")
+        if not free and _plain(flat_before[field]) != _plain(flat_now.get(field)):
+            changes.append(f"config.{field} was {flat_before[field]!r}, is {flat_now.get(field)!r}")
     if changes:
         raise ValueError(
             f"{workdir} holds another run: {'; '.join(changes)}. Use another --workdir, or undo the changes"
