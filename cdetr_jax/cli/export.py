@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cdetr_jax.cli.settings import set_up_logging
-from cdetr_jax.data.sources import SyntheticShapes
+from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.export import Detect, export_onnx, export_stablehlo, load_onnx, load_stablehlo, make_detect
 from cdetr_jax.weights import Weights, load_weights
 

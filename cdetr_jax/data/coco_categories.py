@@ -1,6 +1,6 @@
 """COCO's 80 categories under their own ids, 1 to 90 with gaps."""
 
-from cdetr_jax.structs import Category
+from cdetr_jax.records import Category
 
 _NAMES = """
 1 person, 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat, 10 traffic light,

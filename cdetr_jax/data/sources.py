@@ -1,22 +1,23 @@
-"""Random-access sources of annotated pictures: a COCO folder and made-up shapes. Both give the same record."""
+"""What a random-access source of annotated pictures is, how picture files are read, and a COCO folder as one."""
 
-import colorsys
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from cdetr_jax.structs import Category, Record
+from cdetr_jax.data.kept import Table, fingerprint_of, in_parallel, kept_table
+from cdetr_jax.records import Category, Record
 
-_PICTURE_ERRORS = (
+PICTURE_ERRORS = (
     OSError,  # missing, not a picture, truncated
     ValueError,
     SyntaxError,  # Pillow's word for a broken PNG
@@ -78,21 +79,23 @@ def open_picture(path: str | Path) -> np.ndarray:
     Raises: BadPictureError, if the file is missing or cannot be decoded.
     """
     try:
-        with _open_checked(path) as image:
+        with open_checked(path) as image:
             return decode_rgb(ImageOps.exif_transpose(image))
-    except _PICTURE_ERRORS as error:
-        raise _bad_picture(path, error) from error
+    except PICTURE_ERRORS as error:
+        raise bad_picture(path, error) from error
 
 
-def _open_checked(path: str | Path) -> Image.Image:
-    image = Image.open(path)
+def open_checked(file: str | Path | IO[bytes]) -> Image.Image:
+    """Opens a picture; reads no more than its header. Raises: one of `PICTURE_ERRORS`, also if it is far too large."""
+    image = Image.open(file)
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
         raise ValueError(f"{image.width} x {image.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS")
     return image
 
 
-def _bad_picture(path: str | Path, error: Exception, advice: str = "") -> BadPictureError:
+def bad_picture(path: str | Path, error: Exception, advice: str = "") -> BadPictureError:
+    """The error to raise instead of one of `PICTURE_ERRORS`."""
     cause = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
     return BadPictureError(f"{path}: cannot read this picture ({cause}){advice}")
 
@@ -104,7 +107,10 @@ class CocoFolder:
     """A folder of pictures with a COCO instances JSON; records in order of image id, boxes as annotated."""
 
     def __init__(self, images: str | Path, annotations: str | Path):
-        """Reads the annotations; opens a picture only if its record lacks height or width.
+        """Reads the annotations; opens the pictures whose records lack height or width.
+
+        That is done once: their sizes are kept beside the annotations, in `<annotations>.sizes.npz`, until one of
+        these files changes.
 
         Args:
           images: the folder that `file_name` is relative to.
@@ -139,14 +145,14 @@ class CocoFolder:
         record = self.records[i]
         path = self._folder / record.file_name
         try:
-            with _open_checked(path) as image:
+            with open_checked(path) as image:
                 stored = image.size
                 if stored != (record.width, record.height):
                     image = ImageOps.exif_transpose(image)
                 pixels = decode_rgb(image)
-        except _PICTURE_ERRORS as error:
+        except PICTURE_ERRORS as error:
             advice = '; replace it, or set config.data.on_error = "skip" to do without damaged pictures'
-            raise _bad_picture(path, error, advice) from error
+            raise bad_picture(path, error, advice) from error
         if pixels.shape[:2] != (record.height, record.width):
             raise ValueError(
                 f"{path}: the picture is {stored[0]} x {stored[1]} pixels but image {record.image_id} is annotated as "
@@ -182,24 +188,47 @@ class CocoFolder:
         areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
 
         records = []
+        heights, widths = sizes
+        unknown = [i for i in order if heights[i] is None or widths[i] is None]
+        for i, (height, width) in zip(unknown, self._sizes_in_headers(images, unknown, names), strict=True):
+            heights[i], widths[i] = height, width
         for i, start, stop in zip(order, starts[:-1], starts[1:], strict=True):
-            height, width = sizes[0][i], sizes[1][i]
-            if height is None or width is None:
-                height, width = self._size_in_header(images, i, names[i])
             cut = slice(start, stop)
             records.append(
-                Record(image_ids[i], names[i], height, width, boxes[cut], labels[cut], crowds[cut], areas[cut])
+                Record(image_ids[i], names[i], heights[i], widths[i], boxes[cut], labels[cut], crowds[cut], areas[cut])
             )
         _report_unusable(images.path, records, objects.rows, by_image)
         return tuple(records)
 
-    def _size_in_header(self, images: "_Table", i: int, name: str) -> tuple[int, int]:
-        try:
-            with _open_checked(self._folder / name) as image:
+    def _sizes_in_headers(self, images: "_Table", rows: list[int], names: list[str]) -> list[list[int]]:
+        """Height and width of the pictures of some rows, from the kept table or the files."""
+        if not rows:
+            return []
+
+        def state(i: int) -> tuple[str, int, int]:
+            with self._naming(images, i, names[i]):
+                found = (self._folder / names[i]).stat()
+                return names[i], found.st_size, found.st_mtime_ns
+
+        def size(i: int) -> tuple[int, int]:
+            with self._naming(images, i, names[i]), open_checked(self._folder / names[i]) as image:
                 return image.height, image.width
-        except _PICTURE_ERRORS as error:
+
+        def make() -> Table:
+            return {"sizes_hw": np.array(in_parallel(size, rows, "picture sizes"), np.int32)}
+
+        files = [self._folder.absolute(), *in_parallel(state, rows, "picture files")]
+        what = f"the sizes of {len(rows)} pictures that {images.path} does not tell"
+        return kept_table(f"{images.path}.sizes.npz", fingerprint_of(files), what, make)["sizes_hw"].tolist()
+
+    @contextlib.contextmanager
+    def _naming(self, images: "_Table", i: int, name: str) -> Iterator[None]:
+        """Turns what is wrong with a picture whose size has to be read into an error that names it."""
+        try:
+            yield
+        except PICTURE_ERRORS as error:
             advice = f"; {images.path}: {images.name_of(i)} has no height and width: add them, or take it out"
-            raise _bad_picture(self._folder / name, error, advice) from error
+            raise bad_picture(self._folder / name, error, advice) from error
 
 
 def clip_to_picture(boxes_xywh_px: np.ndarray, heights: Any, widths: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -309,170 +338,3 @@ class _Table:
         row = self.rows[i]
         known = [f"{key} {row[key]}" for key in ("id", "file_name") if key in row]
         return f"{self.name}[{i}]" + (f" ({', '.join(known)})" if known else "")
-
-
-# -------------------------------------------------------------------------------------------- synthetic shapes
-
-# On purpose neither from 0 nor without gaps, as in COCO.
-_KINDS = (
-    Category(1, "disc"),
-    Category(2, "square"),
-    Category(3, "triangle"),
-    Category(5, "cross"),
-    Category(8, "ring"),
-)
-_ARM = 1 / 3  # half the width of a cross's arm, as a fraction of half its length
-_CORNERS = {  # outermost points, y down; a disc and a ring reach from -1 to 1 however they are turned
-    "square": np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]),
-    "triangle": np.array([[0, -1], [math.sqrt(0.75), 0.5], [-math.sqrt(0.75), 0.5]]),
-    "cross": np.array([[x, y] for a in (-1, 1) for b in (-_ARM, _ARM) for x, y in ((a, b), (b, a))]),
-}
-_SIDES = (0.12, 0.5)  # longer side of a box, as a fraction of the picture's shorter side
-_MAX_TURN = math.radians(20)
-_MAX_COVERED = 0.3  # of a box, by later boxes; keeps at least half of even a cross visible
-_ATTEMPTS = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    kind: Category
-    centre_xy: np.ndarray
-    radius: float  # pixels per unit of the outline
-    angle: float
-    box_xywh: np.ndarray
-
-
-class SyntheticShapes:
-    """Made-up pictures of filled shapes on a grey textured background, for trials and tests without any file.
-
-    Picture `i` depends on (seed, i, height, width, max_objects) alone. A box is the whole shape's, also where a later
-    shape covers a part of it.
-    """
-
-    categories = _KINDS
-
-    def __init__(self, *, seed: int, size: int, height: int, width: int, max_objects: int):
-        """Draws where the shapes lie; pixels are rendered on demand.
-
-        Args:
-          seed: not negative; two seeds give two unrelated sets.
-          size: number of pictures.
-          height, width: of every picture, in pixels, at least 32.
-          max_objects: a picture holds 1 to this many.
-        Raises: ValueError, if a number is out of range.
-        """
-        if seed < 0 or size < 1 or max_objects < 1 or min(height, width) < 32:
-            raise ValueError(
-                f"synthetic shapes with seed {seed}, {size} pictures of {height} x {width} pixels, up to {max_objects} "
-                "objects: expected a seed of at least 0, a picture, an object, and sides of at least 32 pixels"
-            )
-        self._seed = seed
-        self._shapes = [
-            _draw_shapes(np.random.default_rng([seed, i, 0]), height, width, max_objects) for i in range(size)
-        ]
-        self.records = tuple(
-            Record(
-                image_id=i + 1,
-                file_name=f"synthetic-{seed}-{i}",
-                height=height,
-                width=width,
-                boxes_xywh_px=np.stack([shape.box_xywh for shape in shapes]),
-                category_ids=np.array([shape.kind.id for shape in shapes], np.int64),
-                is_crowd=np.zeros(len(shapes), bool),
-                areas=np.array([shape.box_xywh[2] * shape.box_xywh[3] for shape in shapes]),
-            )
-            for i, shapes in enumerate(self._shapes)
-        )
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def load_image(self, i: int) -> np.ndarray:
-        """Renders picture `i` as uint8 [H, W, 3] RGB."""
-        record = self.records[i]
-        rng = np.random.default_rng([self._seed, i, 1])
-        base = rng.uniform(70, 185) + rng.uniform(-15, 15, 3)
-        coarse = (
-            (base + rng.uniform(-45, 45, (4, 4, 1)) + rng.uniform(-15, 15, (4, 4, 3))).clip(0, 255).astype(np.uint8)
-        )
-        smooth = Image.fromarray(coarse).resize((record.width, record.height), Image.Resampling.BICUBIC)
-        pixels = np.array(smooth, np.float32)
-        for shape in self._shapes[i]:
-            where, coverage = _rasterise(shape, record.height, record.width)
-            pixels[where] += coverage[..., None] * (_draw_colour(rng, shape.kind) - pixels[where])
-        pixels += rng.integers(-12, 13, pixels.shape, np.int8)
-        return pixels.clip(0, 255).astype(np.uint8)
-
-
-def _draw_shapes(rng: np.random.Generator, height: int, width: int, max_objects: int) -> list[_Shape]:
-    """Places shapes inside the picture, first to last; one that would hide an earlier one is drawn again."""
-    shapes: list[_Shape] = []
-    covered: list[float] = []
-    for _ in range(rng.integers(1, max_objects + 1)):
-        for _ in range(_ATTEMPTS):
-            shape = _draw_shape(rng, height, width)
-            grown = [c + _share_covered(a.box_xywh, shape.box_xywh) for a, c in zip(shapes, covered, strict=True)]
-            if all(share <= _MAX_COVERED for share in grown):
-                shapes.append(shape)
-                covered = [*grown, 0.0]
-                break
-    return shapes
-
-
-def _draw_shape(rng: np.random.Generator, height: int, width: int) -> _Shape:
-    kind = _KINDS[rng.integers(len(_KINDS))]
-    angle = rng.uniform(-_MAX_TURN, _MAX_TURN)
-    low, high = np.array([-1.0, -1.0]), np.array([1.0, 1.0])
-    if kind.name in _CORNERS:
-        cos, sin = math.cos(angle), math.sin(angle)
-        corners = _CORNERS[kind.name] @ np.array([[cos, sin], [-sin, cos]])
-        low, high = corners.min(0), corners.max(0)
-    radius = rng.uniform(*_SIDES) * min(height, width) / (high - low).max()
-    size = (high - low) * radius
-    corner = rng.uniform(0, 1, 2) * ([width, height] - size)
-    return _Shape(kind, corner - low * radius, radius, angle, np.concatenate([corner, size]))
-
-
-def _draw_colour(rng: np.random.Generator, kind: Category) -> np.ndarray:
-    """A colour around the class's own hue: shape and hue together can be learnt in minutes on a CPU."""
-    hue = (_KINDS.index(kind) + rng.uniform(-0.3, 0.3)) / len(_KINDS)
-    saturation, value = rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0)
-    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32)
-
-
-def _share_covered(box: np.ndarray, cover: np.ndarray) -> float:
-    left, top, width, height = box.tolist()
-    x, y, w, h = cover.tolist()
-    across = max(0.0, min(left + width, x + w) - max(left, x))
-    down = max(0.0, min(top + height, y + h) - max(top, y))
-    return across * down / (width * height)
-
-
-def _rasterise(shape: _Shape, height: int, width: int) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Returns where the shape lies, and how much of each pixel there it covers, [h, w] float32 from 0 to 1."""
-    left, top, w, h = shape.box_xywh
-    rows = slice(max(math.floor(top) - 1, 0), min(math.ceil(top + h) + 1, height))
-    columns = slice(max(math.floor(left) - 1, 0), min(math.ceil(left + w) + 1, width))
-    dx = (np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5 - shape.centre_xy[0]) / shape.radius
-    dy = (np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5 - shape.centre_xy[1]) / shape.radius
-    cos, sin = math.cos(shape.angle), math.sin(shape.angle)
-    x, y = cos * dx + sin * dy, cos * dy - sin * dx
-    distance = _outside_distance(shape.kind.name, x, y) * shape.radius
-    return (rows, columns), (0.5 - distance).clip(0, 1).astype(np.float32)
-
-
-def _outside_distance(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance from the outline of the unit shape, negative inside."""
-    across, down = np.abs(x), np.abs(y)
-    match name:
-        case "disc":
-            return np.hypot(x, y) - 1
-        case "ring":
-            return np.abs(np.hypot(x, y) - 0.75) - 0.25
-        case "square":
-            return np.maximum(across, down) - 1
-        case "triangle":
-            return np.maximum(y, math.sqrt(0.75) * across - 0.5 * y) - 0.5
-        case "cross":
-            return np.minimum(np.maximum(across - 1, down - _ARM), np.maximum(across - _ARM, down - 1))
-    raise AssertionError(name)

@@ -1,0 +1,90 @@
+"""Several sources as one."""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from cdetr_jax.data.sources import Source
+from cdetr_jax.records import Category, Record
+
+
+class JoinedSource:
+    """The pictures of several sources, one source after the other.
+
+    Categories are the same where their names are; a later source's ids give way to an earlier one's. Image ids stay as
+    they are, unless a source has one that an earlier one has, too: then all of its ids are moved up by a power of ten.
+    In the same way file names that occur in an earlier source get the source's title in front.
+    """
+
+    def __init__(self, parts: Sequence[tuple[str, Source]]):
+        """Joins sources, each with a title for error messages.
+
+        Raises: ValueError, if two categories of different names have the same id, or two of one source the same name.
+        """
+        self._sources = [source for _, source in parts]
+        self._starts = [0, *itertools.accumulate(map(len, self._sources))]
+        owners: dict[str, tuple[Category, str]] = {}  # by name
+        records: list[Record] = []
+        image_ids, file_names = set(), set()
+        for title, source in parts:
+            ids = _merge(owners, title, source.categories)
+            new_ids = [record.image_id for record in source.records]
+            shift = 0
+            if not image_ids.isdisjoint(new_ids):
+                shift = 10 ** len(str(max(image_ids) - min(new_ids)))
+            new_names = [record.file_name for record in source.records]
+            prefix = "" if file_names.isdisjoint(new_names) else f"{title}: "
+            if shift or prefix or any(old != new for old, new in ids.items()):
+                records += [_changed(record, ids, shift, prefix) for record in source.records]
+            else:
+                records += source.records
+            image_ids.update(image_id + shift for image_id in new_ids)
+            file_names.update(prefix + name for name in new_names)
+        self.records = tuple(records)
+        self.categories = tuple(sorted((category for category, _ in owners.values()), key=lambda c: c.id))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load_image(self, i: int) -> np.ndarray:
+        """Returns picture `i` as uint8 [H, W, 3] RGB. Raises: as its source."""
+        part = bisect.bisect_right(self._starts, i) - 1
+        return self._sources[part].load_image(i - self._starts[part])
+
+
+def _merge(owners: dict[str, tuple[Category, str]], title: str, categories: Sequence[Category]) -> dict[int, int]:
+    """Adds a source's categories by name. Returns: the joint id of each of its ids."""
+    by_id = {category.id: (category, owner) for category, owner in owners.values()}
+    seen: dict[str, int] = {}
+    ids = {}
+    for category in categories:
+        if category.name in seen:
+            raise ValueError(
+                f"{title} has two categories {category.name!r}, {seen[category.name]} and {category.id}; several "
+                "sources are joined by the names of their categories: rename one of them"
+            )
+        seen[category.name] = category.id
+        if category.name in owners:
+            ids[category.id] = owners[category.name][0].id
+            continue
+        if category.id in by_id:
+            other, owner = by_id[category.id]
+            raise ValueError(
+                f"category {category.id} is {other.name!r} in {owner} but {category.name!r} in {title}; give them the "
+                "same name if they are the same, or one of them another id"
+            )
+        owners[category.name] = (category, title)
+        ids[category.id] = category.id
+    return ids
+
+
+def _changed(record: Record, ids: dict[int, int], shift: int, prefix: str) -> Record:
+    return dataclasses.replace(
+        record,
+        image_id=record.image_id + shift,
+        file_name=prefix + record.file_name,
+        category_ids=np.array([ids[i] for i in record.category_ids.tolist()], np.int64),
+    )

@@ -1,0 +1,101 @@
+"""Tables that cost a pass over all pictures: made once, kept beside the data, made again when the data change."""
+
+import contextlib
+import hashlib
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+Table = dict[str, np.ndarray]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_FINGERPRINT = "fingerprint"
+_READERS = min(64, 4 * (os.cpu_count() or 1))  # they mostly wait for a disk
+
+
+def fingerprint_of(parts: Iterable[object]) -> str:
+    """A digest of everything that a table depends on."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+def kept_table(path: str | os.PathLike, fingerprint: str, what: str, make: Callable[[], Table]) -> Table:
+    """Returns the table in a file, or makes and keeps it there.
+
+    Where the folder cannot be written to, the table goes to the user's cache, `$XDG_CACHE_HOME/cdetr_jax` or
+    `~/.cache/cdetr_jax`; where that cannot be written to either, it is made at every start.
+    Args:
+      path: an .npz file. Written at one stroke, so that several processes may do so at once.
+      fingerprint: a kept table with another one, or a damaged one, is made again.
+      what: what the log calls it.
+      make: returns arrays of numbers and texts, no objects.
+    """
+    files = (Path(path), _user_cache(path))
+    for file in files:
+        table = _load(file, fingerprint)
+        if table is not None:
+            return table
+    logging.info("reading %s once, to be kept in %s", what, files[0])
+    table = make()
+    for file in files:
+        try:
+            _save(file, fingerprint, table)
+        except OSError as error:
+            logging.info("%s: cannot be written (%s)", file, error.strerror or error)
+            continue
+        if file != files[0]:
+            logging.info("%s: kept here instead", file)
+        break
+    else:
+        logging.warning("%s cannot be kept and will be read again at the next start", what)
+    return table
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], what: str, unit: str = " pictures"
+) -> list[Result]:
+    """Applies a function that waits for files to all items, in order, with a progress bar if that takes long."""
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="reader") as threads:
+        try:
+            return list(tqdm(threads.map(function, items), what, len(items), unit=unit, delay=2, mininterval=1))
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _user_cache(path: str | os.PathLike) -> Path:
+    path = Path(path).absolute()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    return home / "cdetr_jax" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}-{path.name}"
+
+
+def _load(file: Path, fingerprint: str) -> Table | None:
+    try:
+        with file.open("rb") as stream, np.load(stream) as content:
+            if str(content[_FINGERPRINT]) == fingerprint:
+                return {name: content[name] for name in content.files if name != _FINGERPRINT}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None  # not there, or damaged
+    return None
+
+
+def _save(file: Path, fingerprint: str, table: Table) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with part.open("xb") as stream:
+            np.savez(stream, **{_FINGERPRINT: np.array(fingerprint)}, **table)
+        part.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise

@@ -1,0 +1,355 @@
+"""Downloads a TFDS set and writes it as array_record files, which `TfdsSource` reads at random.
+
+Imports TensorFlow, through TFDS's builders. TFDS itself downloads a file in one go or not at all; here a download goes
+on where it was interrupted.
+"""
+
+import contextlib
+import fcntl
+import http.client
+import io
+import os
+import shutil
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import logging
+from tqdm import tqdm
+
+from cdetr_jax.data.tfds_source import TfdsSource, check_features, import_tfds, missing_package
+
+_BLOCK = 1 << 20
+_ATTEMPTS = 5  # without a single new byte
+_TIMEOUT_S = 60
+_NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+    EOFError,
+)
+
+
+class Prepared(NamedTuple):
+    """A set that is ready to be read.
+
+    Attributes:
+      folder: that holds its files.
+      pictures: number of them in each split.
+      was_there: whether nothing had to be done.
+      leftovers: folder of what was downloaded and unpacked, which is not needed any more; None if there is none.
+    """
+
+    folder: Path
+    pictures: dict[str, int]
+    was_there: bool
+    leftovers: Path | None
+
+
+def prepare(
+    name: str,
+    data_dir: str | os.PathLike,
+    archives: str | os.PathLike | None = None,
+    *,
+    check_archives: bool = True,
+    say: Callable[[str], None] = logging.info,
+) -> Prepared:
+    """Makes a TFDS set ready, or finds that it is.
+
+    Interrupted, it goes on when called again: whole archives are not fetched again, part of one is completed, and the
+    writing of the records starts anew.
+    Args:
+      name: as TFDS has it, "coco/2017".
+      data_dir: local folder for TFDS sets.
+      archives: folder of the set's archives, under their published names; those that are not there are downloaded to
+        it. Default: `data_dir/downloads/archives`.
+      check_archives: whether archives must have the published content, by their SHA-256.
+      say: told what is to be done, line by line.
+    Raises: ModuleNotFoundError, if TFDS is not installed; ValueError, if there is no such set, it has no boxes, or an
+      archive is not the published one; OSError, if there is too little space, or no network where one is needed.
+    """
+    if "://" in str(data_dir):
+        raise ValueError(f"--data_dir={data_dir} is not a local folder: prepare the set in one, then copy it there")
+    root = Path(data_dir).expanduser()
+    builder = _make_builder(name, root)
+    check_features(name, builder.info.features)
+    folder = Path(builder.data_path)
+    downloads = root / "downloads"
+    with _quiet():
+        is_prepared = builder.is_prepared()
+    if is_prepared:
+        return Prepared(folder, _open_all(name, root, builder), True, downloads if downloads.exists() else None)
+
+    root.mkdir(parents=True, exist_ok=True)
+    with _lock(root / ".cdetr-prepare.lock"):
+        for place in (folder.parent, downloads / "extracted"):
+            for junk in place.glob("incomplete.*"):  # of a process that was killed: we hold the lock
+                shutil.rmtree(junk)
+        archives = Path(archives).expanduser() if archives else downloads / "archives"
+        published = _published_archives(builder)
+        if check_archives:
+            _check_sizes(published, archives)
+        _check_space(name, root, archives, downloads / "extracted", published, say)
+        for archive in published:
+            if archive.url.startswith(("http://", "https://")) and not (archives / archive.file_name).exists():
+                _download(archive, archives, published, check_archives)
+        say(f"unpacking, and writing records to {folder}; interrupted, this part starts anew")
+        _write_records(builder, downloads, archives, check_archives)
+    return Prepared(folder, _open_all(name, root, builder), False, downloads if downloads.exists() else None)
+
+
+class _Archive(NamedTuple):
+    url: str
+    file_name: str
+    size: int
+
+
+# --------------------------------------------------------------------------------------------------------- TFDS
+
+
+def _make_builder(name: str, root: Path) -> Any:
+    # Else TensorFlow tells of the processor's instructions.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    tfds = import_tfds()
+    try:
+        import importlib_resources  # noqa: F401  which TFDS 4.9.10 imports without asking for it
+
+        with _quiet():
+            return tfds.builder(name, data_dir=str(root), file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"TFDS has no set {name!r}; the names are at tensorflow.org/datasets/catalog") from error
+    except ImportError as error:
+        raise missing_package(error) from error
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"TFDS cannot make {name!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TFDS's own lines, such as that a folder that it is to make is not there."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class _RecordedError(Exception):
+    """Ends the dry run of a builder that only tells what it downloads."""
+
+
+class _Recorder:
+    """Takes the place of TFDS's download manager and notes what a builder asks it for first."""
+
+    def __init__(self):
+        self.urls: list[str] = []
+
+    def download(self, urls: Any) -> None:
+        """Notes the addresses and ends the run."""
+        self._note(urls)
+        raise _RecordedError
+
+    download_and_extract = download
+
+    def _note(self, urls: Any) -> None:
+        if isinstance(urls, dict | list | tuple):
+            for part in urls.values() if isinstance(urls, dict) else urls:
+                self._note(part)
+        else:
+            self.urls.append(getattr(urls, "url", urls))
+
+
+def _published_archives(builder: Any) -> list[_Archive]:
+    """The archives that a set is made of, as far as TFDS tells their names and sizes before it starts."""
+    recorder = _Recorder()
+    # A builder that asks for something else first, such as a folder, ends here: TFDS will say what it needs.
+    with contextlib.suppress(_RecordedError, AttributeError, TypeError):
+        builder._split_generators(recorder)
+    known = builder.url_infos or {}
+    urls = [url for url in dict.fromkeys(recorder.urls) if url in known and known[url].filename]
+    return [_Archive(url, known[url].filename, int(known[url].size)) for url in urls]
+
+
+def _write_records(builder: Any, downloads: Path, archives: Path, check_archives: bool) -> None:
+    tfds = import_tfds()
+    from tensorflow_datasets.core.download import checksums
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+    from tensorflow_datasets.core.download.extractor import ExtractError
+
+    config = tfds.download.DownloadConfig(manual_dir=str(archives), try_download_gcs=False)
+    before = dict(builder.url_infos or {})
+    if not check_archives:  # those that are there count as the published ones
+        for url, info in before.items():
+            if info.filename and (archives / info.filename).exists():
+                builder.url_infos[url] = checksums.compute_url_info(tfds.core.Path(archives / info.filename))
+    # To a file, TFDS writes a line for every picture.
+    (tfds.enable_progress_bar if sys.stderr.isatty() else tfds.disable_progress_bar)()
+    try:
+        with _quiet():
+            builder.download_and_prepare(
+                download_dir=str(downloads), download_config=config, file_format="array_record"
+            )
+    except (NonMatchingChecksumError, ExtractError, tfds.download.DownloadError) as error:
+        raise ValueError(f"TFDS: {' '.join(str(error).split())[:400]}") from error
+    finally:
+        if not check_archives and before:
+            builder.url_infos.update(before)
+
+
+def _open_all(name: str, root: Path, builder: Any) -> dict[str, int]:
+    """Opens every split, which also makes the tables that a training run would have to wait for."""
+    return {
+        split: len(TfdsSource(f"{name.split(':')[0]}:{builder.version}", root, split)) for split in builder.info.splits
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- space
+
+
+def _check_space(
+    name: str, root: Path, archives: Path, extracted: Path, published: list[_Archive], say: Callable[[str], None]
+) -> None:
+    """Tells what will be downloaded and written. Raises: OSError, if there is no room for it."""
+    sizes = [_sizes(archive, archives) for archive in published]
+    missing = sum(part for part, _ in sizes)
+    unpacked = sum(
+        size
+        for (_, size), archive in zip(sizes, published, strict=True)
+        if not any(extracted.glob(f"*.{archive.file_name}"))
+    )
+    records = sum(size for _, size in sizes)
+    needed, free = missing + unpacked + records, shutil.disk_usage(root).free
+    if not published:
+        say(f"{name}: TFDS does not tell how much it will download; {_gb(free)} are free in {root}")
+        return
+    say(
+        f"{name}: {_gb(missing)} to download, about {_gb(unpacked)} to unpack and {_gb(records)} of records to write: "
+        f"{_gb(needed)} in {root}, where {_gb(free)} are free"
+    )
+    if needed > free:
+        raise OSError(
+            f"{name} needs about {_gb(needed)} in {root}, but only {_gb(free)} are free; free {_gb(needed - free)} or "
+            "name another --data_dir. Afterwards only the records are needed"
+        )
+
+
+def _check_sizes(published: list[_Archive], archives: Path) -> None:
+    """Raises ValueError at an archive that cannot be the published one; its SHA-256 is TFDS's concern."""
+    for archive in published:
+        file = archives / archive.file_name
+        if file.exists() and file.stat().st_size != archive.size:
+            raise ValueError(
+                f"{file} has {file.stat().st_size} bytes, the published file {archive.size}: is it complete? Delete it "
+                "to have it downloaded, or take all archives as they are with --any-archives"
+            )
+
+
+def _sizes(archive: _Archive, archives: Path) -> tuple[int, int]:
+    """Bytes that are still to be downloaded, and bytes of the content."""
+    file = archives / archive.file_name
+    if not file.exists():
+        part = _part(file)
+        return max(archive.size - (part.stat().st_size if part.exists() else 0), 0), archive.size
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as content:
+            return 0, sum(member.file_size for member in content.infolist())
+    return 0, file.stat().st_size
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Raises OSError, if another process is at work in the same folder."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"another `cdetr prepare` is at work in {path.parent}; wait for it") from None
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------- downloads
+
+
+def _part(file: Path) -> Path:
+    return file.with_name(file.name + ".part")
+
+
+def _download(archive: _Archive, archives: Path, published: list[_Archive], check_size: bool) -> None:
+    """Fetches an archive, going on with the part that is there.
+
+    Raises: OSError, saying what to do without a network.
+    """
+    archives.mkdir(parents=True, exist_ok=True)
+    file = archives / archive.file_name
+    failures = 0
+    with tqdm(desc=archive.file_name, unit="B", unit_scale=True, delay=1, mininterval=1) as progress:
+        while True:
+            before = _size(_part(file))
+            try:
+                _fetch(archive.url, _part(file), progress)
+                break
+            except _NETWORK_ERRORS as error:
+                failures = 0 if _size(_part(file)) > before else failures + 1
+                is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
+                no_network = isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError)
+                if is_refused or no_network or failures == _ATTEMPTS:
+                    raise OSError(_without_network(archive, error, archives, published)) from error
+                time.sleep(min(2**failures, 30))
+    if check_size and _size(_part(file)) != archive.size:
+        size = _size(_part(file))
+        _part(file).unlink()
+        raise OSError(f"{archive.url} has {size} bytes, the published file {archive.size}; it was deleted, try again")
+    _part(file).replace(file)
+
+
+def _fetch(url: str, part: Path, progress: tqdm) -> None:
+    """Appends to a part what it lacks. Raises: EOFError, if the connection ends early."""
+    have = _size(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # there is nothing after these bytes
+            return
+        raise
+    with response:
+        if response.status != 206:
+            have = 0  # the server sends everything
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        progress.total, progress.n = total, have
+        progress.refresh()
+        with part.open("ab" if have else "wb") as out:
+            while block := response.read(_BLOCK):
+                out.write(block)
+                progress.update(len(block))
+    if total is not None and _size(part) < total:
+        raise EOFError(f"the connection ended after {_size(part)} of {total} bytes")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _without_network(archive: _Archive, error: Exception, archives: Path, published: list[_Archive]) -> str:
+    reason = getattr(error, "reason", None) or error
+    missing = [other.url for other in published if not (archives / other.file_name).exists()]
+    return (
+        f"cannot download {archive.url} ({reason}); call again to go on, or without a network bring these files to "
+        f"{archives} (or name their folder with --archives): {' '.join(missing)}"
+    )
