@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cdetr_jax.data.buckets import Shapes, best_shapes, by_area, deal, first_that_holds
+
 # What is to be done to one picture, in this order: flip; if crop: resize to first_hw, cut window; resize to size_hw.
 ROW = np.dtype(
     [
@@ -20,7 +22,9 @@ ROW = np.dtype(
     ]
 )
 
-Shapes = Sequence[tuple[int, int]]
+LAST_BATCH = ("drop", "fill")
+
+_SIMULATED_DRAWS = 100_000  # of the augmentation, for the search of shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +67,13 @@ class EpochPlan:
     Attributes:
       rows: [batches, B] of ROW.
       shapes_hw: [batches, 2] int, padded height and width in pixels.
+      max_targets: [batches] int, T: no row of the batch has more objects, before any is cropped away; None: not
+        planned.
     """
 
     rows: np.ndarray
     shapes_hw: np.ndarray
+    max_targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,8 +109,8 @@ def smallest_shape(sizes_hw: np.ndarray, shapes: Shapes) -> np.ndarray:
 
     Raises: ValueError, if a size fits none of the shapes.
     """
-    ordered = _by_area(shapes)
-    return ordered[_first_that_holds(sizes_hw, ordered, sizes_hw)]
+    ordered = by_area(shapes)
+    return ordered[first_that_holds(sizes_hw, ordered, sizes_hw)]
 
 
 def evaluation_shapes(short_side_px: int, long_side_max_px: int) -> Shapes:
@@ -117,67 +124,167 @@ def evaluation_shapes(short_side_px: int, long_side_max_px: int) -> Shapes:
     return tuple(dict.fromkeys(((short, middle), (middle, short), (short, long), (long, short), (long, long))))
 
 
-def train_plan(
-    sizes_hw: np.ndarray, augmentation: Augmentation, shapes: Shapes, *, batch_size: int, seed: int, epoch: int
-) -> EpochPlan:
-    """Draws one epoch of training: pictures // batch_size global batches, each picture at most once.
+def search_shapes(sizes_hw: np.ndarray, augmentation: Augmentation, count: int) -> Shapes:
+    """Padded shapes for training that waste the fewest pixels; see `best_shapes`.
 
-    As with PyTorch's shuffled loader, pictures that do not fill a batch are left out, chosen anew each epoch. A picture
-    goes into the smallest shape that holds it; those that do not fill a batch there go up to the next that holds them.
+    Simulates the augmentation with a seed of its own, so that the shapes depend on the arguments alone.
     Args:
       sizes_hw: [n, 2] height and width of every picture of the source.
-      shapes: padded heights and widths; one of them must hold all the others, to take what is left over.
-    Raises: ValueError, if no shape holds all others, or a resized picture fits none.
+      count: of shapes at most, the number of programs to be compiled.
+    Returns: shapes that hold whatever can be drawn, smallest area first.
+    """
+    rng = np.random.default_rng(0)
+    pictures = np.resize(rng.permutation(np.asarray(sizes_hw, np.int64).reshape(-1, 2)), (_SIMULATED_DRAWS, 2))
+    drawn = _draw_rows(pictures, augmentation, rng)["size_hw"]
+    return best_shapes(drawn, count, also_hold_hw=_largest_draws(sizes_hw, augmentation)[0])
+
+
+def search_eval_shapes(sizes_hw: np.ndarray, short_side_px: int, long_side_max_px: int, count: int) -> Shapes:
+    """Padded shapes for evaluation that waste the fewest pixels; see `best_shapes`. Args: as `search_shapes`."""
+    return best_shapes(resized_hw(sizes_hw, short_side_px, long_side_max_px), count)
+
+
+def steps_per_epoch(num_pictures: int, batch_size: int, last_batch: str) -> int:
+    """Number of global training batches of an epoch.
+
+    Args:
+      last_batch: what becomes of the pictures that do not fill one. `drop`: they are left out (as published), chosen
+        anew each epoch; `fill`: pictures of the same epoch, drawn anew, join them.
+    Raises: ValueError, if it is neither, or there would be no batch.
+    """
+    if last_batch not in LAST_BATCH:
+        raise ValueError(f"config.data.last_batch is {last_batch!r}, expected one of {', '.join(LAST_BATCH)}")
+    steps = num_pictures // batch_size if last_batch == "drop" else -(-num_pictures // batch_size)
+    if steps == 0:
+        raise ValueError(
+            f"{num_pictures} pictures do not fill one batch of {batch_size}; use a smaller config.train.batch_size"
+            + (", or --config.data.last_batch=fill" if num_pictures else "")
+        )
+    return steps
+
+
+def target_sizes(object_counts: np.ndarray, batch_size: int) -> tuple[int, ...]:
+    """The few numbers of targets T that batches are padded to, multiples of 4.
+
+    Args:
+      object_counts: [n], objects of every picture.
+    Returns: what holds 95 % of random batches, and what holds the fullest picture; one number, where they agree.
+    """
+    most = np.quantile(object_counts, 0.95 ** (1 / batch_size), method="inverted_cdf")
+    return tuple(sorted({max(4, -(-int(count) // 4) * 4) for count in (most, np.max(object_counts))}))
+
+
+def train_plan(
+    sizes_hw: np.ndarray,
+    augmentation: Augmentation,
+    shapes: Shapes,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    last_batch: str = "drop",
+    object_counts: np.ndarray | None = None,
+) -> EpochPlan:
+    """Draws one epoch of training: `steps_per_epoch` global batches, each picture once but for what `last_batch` does.
+
+    A batch has the smallest shape that holds its pictures, but for what does not come out even; see `deal`. Pictures
+    of several shapes that are left over at the end go into the smallest that holds them together; where none does (it
+    took a source of no more than a few batches), into one of the largest height and width of all.
+    Args:
+      sizes_hw: [n, 2] height and width of every picture of the source.
+      shapes: padded heights and widths.
+      last_batch: see `steps_per_epoch`.
+      object_counts: [n], for max_targets.
+    Raises: ValueError, if a resized picture fits none of the shapes, or there would be no batch.
     """
     sizes = np.asarray(sizes_hw, np.int64).reshape(-1, 2)
-    ordered = _by_area(shapes)
-    _check_one_holds_all(ordered)
+    ordered = by_area(shapes)
+    steps = steps_per_epoch(len(sizes), batch_size, last_batch)
     rng = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
     drawn = _draw_rows(sizes, augmentation, rng)
-    steps = len(sizes) // batch_size
-    rows = drawn[rng.permutation(len(sizes))[: steps * batch_size]]
-
-    shape_of = _first_that_holds(rows["size_hw"], ordered, sizes[rows["index"]])
-    batches = [np.empty((0, batch_size), np.int64)]
-    batch_shapes = [np.empty((0, 2), np.int64)]
-    for k, shape in enumerate(ordered):
-        members = np.flatnonzero(shape_of == k)
-        full = len(members) // batch_size
-        batches.append(members[: full * batch_size].reshape(full, batch_size))
-        batch_shapes.append(np.tile(shape, (full, 1)))
-        left = members[full * batch_size :]
-        if left.size:  # never in the last shape: steps * batch_size pictures have been dealt out in whole batches
-            larger = _first_that_holds(rows["size_hw"][left], ordered[k + 1 :], sizes[rows["index"][left]])
-            shape_of[left] = k + 1 + larger
+    shuffled = rng.permutation(len(sizes))
+    rows = drawn[shuffled[: steps * batch_size]]
     order = rng.permutation(steps)
-    return EpochPlan(rows[np.concatenate(batches)[order]], np.concatenate(batch_shapes)[order])
+    if len(rows) < steps * batch_size:
+        again = np.resize(shuffled, steps * batch_size - len(rows))
+        extra = _draw_rows(sizes[again], augmentation, rng)
+        extra["index"] = again
+        rows = np.concatenate([rows, extra])
+
+    dealt = deal(rows["size_hw"], ordered, first_that_holds(rows["size_hw"], ordered, sizes[rows["index"]]), batch_size)
+    mixed = dealt.left.reshape(-1, batch_size)
+    mixed_shapes = smallest_shape(rows["size_hw"][mixed].max(1), [*ordered, ordered.max(0)])
+    members = np.concatenate([dealt.members, mixed])[order]
+    shapes_hw = np.concatenate([ordered[dealt.shape], mixed_shapes])[order]
+    max_targets = None
+    if object_counts is not None:
+        choices = np.array(target_sizes(object_counts, batch_size))
+        fullest = np.asarray(object_counts)[rows["index"]][members].max(-1)
+        max_targets = choices[np.searchsorted(choices, fullest)]
+    return EpochPlan(rows[members], shapes_hw, max_targets)
 
 
 def eval_plan(
     sizes_hw: np.ndarray, short_side_px: int, long_side_max_px: int, shapes: Shapes, *, batch_size: int
 ) -> EpochPlan:
-    """Every picture once, resized without any randomness, grouped by shape in the source's order.
+    """Every picture once, resized without any randomness, batches of large shapes first.
 
-    The last batch of each shape is filled up with rows of index -1.
+    Rows of index -1 fill the last batch, and any other that no remaining picture is small enough for.
     Raises: ValueError, if a resized picture fits none of the shapes.
     """
     sizes = np.asarray(sizes_hw, np.int64).reshape(-1, 2)
-    ordered = _by_area(shapes)
-    rows = np.zeros(len(sizes), ROW)
-    rows["index"] = np.arange(len(sizes))
-    rows["size_hw"] = resized_hw(sizes, short_side_px, long_side_max_px)
-    shape_of = _first_that_holds(rows["size_hw"], ordered, sizes)
-    batches = [np.empty((0, batch_size), ROW)]
-    batch_shapes = [np.empty((0, 2), np.int64)]
-    for k, shape in enumerate(ordered):
-        members = rows[shape_of == k]
-        count = -(-len(members) // batch_size)
-        padded = np.zeros(count * batch_size, ROW)
-        padded["index"] = -1
-        padded[: len(members)] = members
-        batches.append(padded.reshape(count, batch_size))
-        batch_shapes.append(np.tile(shape, (count, 1)))
-    return EpochPlan(np.concatenate(batches), np.concatenate(batch_shapes))
+    ordered = by_area(shapes)
+    rows = np.zeros(len(sizes) + len(ordered) * (batch_size - 1), ROW)
+    rows["index"] = -1
+    pictures = rows[: len(sizes)]
+    pictures["index"] = np.arange(len(sizes))
+    pictures["size_hw"] = resized_hw(sizes, short_side_px, long_side_max_px)
+    first = np.full(len(rows), -1)
+    first[: len(sizes)] = first_that_holds(pictures["size_hw"], ordered, sizes)
+    dealt = deal(rows["size_hw"], ordered, first, batch_size)
+    return EpochPlan(rows[dealt.members], ordered[dealt.shape])
+
+
+def real_pixels(plan: EpochPlan) -> float:
+    """The share of a plan's computed pixels that belong to pictures."""
+    return _area(plan.rows["size_hw"]) / (_area(plan.shapes_hw) * plan.rows.shape[1])
+
+
+def real_pixels_otherwise(plan: EpochPlan, long_side_max_px: int) -> dict[str, float]:
+    """What `real_pixels` would be for the same pictures, padded in the usual ways.
+
+    Returns: `square`, all padded to long_side_max_px squared; `random`, batches of as many pictures in random order,
+      each padded to the largest height and width in it (as PyTorch does, without multiples of 32).
+    """
+    sizes = plan.rows["size_hw"][plan.rows["index"] >= 0]
+    mixed = np.random.default_rng(0).permutation(sizes)[: len(sizes) // plan.rows.shape[1] * plan.rows.shape[1]]
+    mixed = mixed.reshape(-1, plan.rows.shape[1], 2)
+    return {
+        "square": _area(sizes) / (len(sizes) * long_side_max_px**2),
+        "random": _area(mixed) / (_area(mixed.max(1)) * mixed.shape[1]),
+    }
+
+
+def bucket_table(plan: EpochPlan) -> list[str]:
+    """Lines to print: the shapes of a plan, how much goes into each, and how much of it is padding."""
+
+    def line(name: str, part: EpochPlan) -> str:
+        pictures = np.sum(part.rows["index"] >= 0)
+        share = pictures / max(np.sum(plan.rows["index"] >= 0), 1)
+        return f"{name:<15}{len(part):>8}{pictures:>10}{share:>8.1%}{1 - real_pixels(part):>9.1%}"
+
+    lines = [f"{'padded shape':<15}{'batches':>8}{'pictures':>10}{'share':>8}{'padding':>9}"]
+    shapes = by_area(plan.shapes_hw)
+    for height, width in shapes.tolist():
+        chosen = (plan.shapes_hw == (height, width)).all(-1)
+        lines.append(line(f"{height:>5} x {width:<5}", EpochPlan(plan.rows[chosen], plan.shapes_hw[chosen])))
+    lines.append(line(f"{len(shapes)} shapes", plan))
+    if plan.max_targets is not None:
+        for size, batches in zip(*np.unique(plan.max_targets, return_counts=True), strict=True):
+            lines.append(f"{size} targets in {batches / len(plan):.1%} of the batches")
+        programs = len(np.unique(np.column_stack([plan.shapes_hw, plan.max_targets]), axis=0))
+        lines.append(f"{programs} programs to compile, one for each shape and number of targets")
+    return lines
 
 
 def redraw_row(
@@ -198,20 +305,14 @@ def redraw_row(
 def check_shapes(sizes_hw: np.ndarray, augmentation: Augmentation, shapes: Shapes) -> None:
     """Finds out before the first epoch whether a later one could draw a picture that fits none of the shapes.
 
-    Tries each size of picture at each short side: whole, and cropped to the most elongated windows.
-    Raises: ValueError, if one does not fit, or if no shape holds all the others.
+    Raises: ValueError, if so.
     """
-    ordered = _by_area(shapes)
-    _check_one_holds_all(ordered)
-    sizes = np.unique(np.asarray(sizes_hw, np.int64).reshape(-1, 2), axis=0)
-    cases = [(sizes, sizes)] if augmentation.crop_probability < 1 else []
-    for short in augmentation.crop_short_sides_px if augmentation.crop_probability > 0 else ():
-        first = resized_hw(sizes, short, None)
-        low, high = _window_sides(first, augmentation)
-        cases += [(np.stack([low[:, 0], high[:, 1]], -1), sizes), (np.stack([high[:, 0], low[:, 1]], -1), sizes)]
-    for before, original in cases:
-        for short in augmentation.short_sides_px:
-            _first_that_holds(resized_hw(before, short, augmentation.long_side_max_px), ordered, original)
+    largest, originals = _largest_draws(sizes_hw, augmentation)
+    first_that_holds(largest, by_area(shapes), originals)
+
+
+def _area(sizes_hw: np.ndarray) -> int:
+    return int(sizes_hw.astype(np.int64).prod(-1).sum())
 
 
 def _draw_rows(sizes: np.ndarray, augmentation: Augmentation, rng: np.random.Generator) -> np.ndarray:
@@ -238,35 +339,20 @@ def _window_sides(first_hw: np.ndarray, augmentation: Augmentation) -> tuple[np.
     return np.minimum(low, first_hw), np.minimum(high, first_hw)
 
 
-def _by_area(shapes: Shapes) -> np.ndarray:
-    """The distinct shapes [k, 2], smallest area first. Raises: ValueError, if they are not pairs of sizes."""
-    table = np.asarray(shapes)
-    if table.ndim != 2 or table.shape[1] != 2 or not len(table) or table.dtype.kind != "i" or table.min() < 1:
-        raise ValueError(
-            f"padded shapes are {shapes}, expected a list of (height, width) in pixels, such as (800, 1344)"
-        )
-    table = np.unique(table.astype(np.int64), axis=0)
-    return table[np.argsort(table.prod(-1), kind="stable")]
+def _largest_draws(sizes_hw: np.ndarray, augmentation: Augmentation) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes such that every size that can be drawn is within one of them, and the pictures' sizes; both [m, 2].
 
-
-def _check_one_holds_all(ordered: np.ndarray) -> None:
-    needed = ordered.max(0)
-    if (ordered[-1] < needed).any():
-        raise ValueError(
-            f"no padded shape of {ordered.tolist()} holds all the others, so pictures left over from one shape may "
-            f"have nowhere to go; add {tuple(needed.tolist())} to config.data.train_shapes"
-        )
-
-
-def _first_that_holds(sizes: np.ndarray, ordered: np.ndarray, originals: np.ndarray) -> np.ndarray:
-    """Position [n] of the first shape that holds each size [n, 2]; originals [n, 2] are for the error message."""
-    holds = (sizes[:, None, :] <= ordered[None, :, :]).all(-1)
-    unfit = np.flatnonzero(~holds.any(-1))
-    if unfit.size:
-        original, size = originals[unfit[0]], sizes[unfit[0]]
-        raise ValueError(
-            f"a picture of {original[0]} x {original[1]} pixels (height x width) becomes {size[0]} x {size[1]}, which "
-            f"fits none of the padded shapes {ordered.tolist()}; add a larger one to config.data.train_shapes or "
-            "config.data.eval_shapes, or choose smaller sides"
-        )
-    return holds.argmax(-1)
+    Each size of picture at each short side: whole, and cropped to the most elongated windows.
+    """
+    sizes = np.unique(np.asarray(sizes_hw, np.int64).reshape(-1, 2), axis=0)
+    longest = augmentation.long_side_max_px
+    largest = []
+    if augmentation.crop_probability < 1:
+        largest += [resized_hw(sizes, short, longest) for short in augmentation.short_sides_px]
+    for first_short in augmentation.crop_short_sides_px if augmentation.crop_probability > 0 else ():
+        low, high = _window_sides(resized_hw(sizes, first_short, None), augmentation)
+        for window in (np.stack([low[:, 0], high[:, 1]], -1), np.stack([high[:, 0], low[:, 1]], -1)):
+            # A less elongated one reaches the longest side, or what rounding makes of it, with a longer short side.
+            limit = longest + window.max(-1, keepdims=True) // (2 * window.min(-1, keepdims=True))
+            largest += [np.minimum(resized_hw(window, short, None), limit) for short in augmentation.short_sides_px]
+    return np.concatenate(largest), np.tile(sizes, (len(largest), 1))

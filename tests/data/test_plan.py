@@ -11,6 +11,8 @@ from cdetr_jax.data.plan import (
     redraw_row,
     resized_hw,
     smallest_shape,
+    steps_per_epoch,
+    target_sizes,
     train_plan,
 )
 
@@ -113,6 +115,44 @@ def test_draws_have_the_published_distribution(size):
         assert abs(np.corrcoef(window[:, 2], window[:, 3])[0, 1]) < 0.04
 
 
+def _histogram(values, *, above=0):
+    """Counts of values in bins of 16 pixels."""
+    return np.bincount(np.asarray(values) // 16, minlength=above // 16 + 1)
+
+
+def test_histograms_are_those_of_the_description():
+    """100,000 draws of the plan, and as many of the plain simulation, over pictures of seven sizes.
+
+    Two counts a and b of the same probability differ with a variance of at most a + b. Beyond 5 of its roots (and 5
+    for the discreteness of small counts) lies less than one in a million of them; there are 365.
+    """
+    sizes = np.tile(SIZES, (14_286, 1))[:100_000]
+    rows = train_plan(sizes, PUBLISHED, SHAPES, batch_size=1, seed=0, epoch=0).rows[:, 0]
+    rng = random.Random(2)
+    simulated = [_published_draws(*size, rng) for size in sizes.tolist()]
+    flip, crop, window, size = (np.array(column) for column in zip(*simulated, strict=True))
+    ours = {"flip": rows["flip"], "crop": rows["crop"]}
+    theirs = {"flip": flip, "crop": crop}
+    for k, side in enumerate(("top", "left", "height", "width")):
+        ours[f"window {side}"], theirs[f"window {side}"] = rows["window"][rows["crop"], k], window[crop, k]
+    for branch, (a, b) in {"crop": (rows["crop"], crop), "whole": (~rows["crop"], ~crop)}.items():
+        for k, side in enumerate(("height", "width")):
+            ours[f"{branch} {side}"], theirs[f"{branch} {side}"] = rows["size_hw"][a, k], size[b, k]
+        ours[f"{branch} area"] = rows["size_hw"][a].prod(-1) // 1000
+        theirs[f"{branch} area"] = size[b].prod(-1) // 1000
+    # Rates: 5 standard deviations of a binomial, sqrt(0.25 / 100,000) each.
+    for name in ("flip", "crop"):
+        assert abs(np.mean(ours.pop(name)) - 0.5) < 0.0079
+        assert abs(np.mean(theirs.pop(name)) - 0.5) < 0.0079
+    bins = 0
+    for name, values in ours.items():
+        top = int(max(values.max(), theirs[name].max()))
+        a, b = _histogram(values, above=top), _histogram(theirs[name], above=top)
+        assert (abs(a - b) <= 5 * np.sqrt(a + b) + 5).all(), name
+        bins += np.count_nonzero(a + b)
+    assert bins > 300
+
+
 def test_probabilities_at_their_ends():
     for flip, crop in ((0.0, 1.0), (1.0, 0.0)):
         settings = dataclasses.replace(PUBLISHED, flip_probability=flip, crop_probability=crop)
@@ -137,13 +177,78 @@ def test_batches_of_an_epoch(seed):
     assert len(np.unique(plan.rows["index"])) == 37 * 8
     assert (plan.rows["size_hw"] <= plan.shapes_hw[:, None]).all()
     assert {tuple(shape) for shape in plan.shapes_hw} <= set(SHAPES)
-    # At most one batch of each shape holds pictures that a smaller shape would have held.
+    # At most one batch of each shape is made up with pictures that a smaller shape would have held.
     smallest = smallest_shape(plan.rows["size_hw"].reshape(-1, 2), SHAPES).reshape(37, 8, 2)
     mixed = (smallest != plan.shapes_hw[:, None]).any((1, 2))
-    shapes, counts = np.unique(plan.shapes_hw[mixed], axis=0, return_counts=True)
     assert mixed.any()
-    assert (counts <= len(shapes) + 1).all()
-    assert not (smallest[~mixed] != plan.shapes_hw[~mixed][:, None]).any()
+    assert np.unique(plan.shapes_hw[mixed], axis=0, return_counts=True)[1].max() == 1
+
+
+def test_filled_epochs_hold_every_picture():
+    sizes = np.tile(SIZES, (43, 1))  # 301
+    dropped = train_plan(sizes, PUBLISHED, SHAPES, batch_size=8, seed=3, epoch=2)
+    filled = train_plan(sizes, PUBLISHED, SHAPES, batch_size=8, seed=3, epoch=2, last_batch="fill")
+    assert (len(dropped), len(filled)) == (37, 38)
+    indices, counts = np.unique(filled.rows["index"], return_counts=True)
+    np.testing.assert_array_equal(indices, np.arange(301))
+    assert sorted(counts) == [1] * 298 + [2] * 3
+    assert (filled.rows["size_hw"] <= filled.shapes_hw[:, None]).all()
+    # Both draw the same; the three that come again are drawn anew.
+    once = {row["index"]: row for row in dropped.rows.ravel()}
+    rows = filled.rows.ravel()
+    same = [row for row in rows if row["index"] in once and row == once[row["index"]]]
+    again = [row for row in rows if row["index"] in once and row != once[row["index"]]]
+    assert (len(same), len(again)) == (296, 3)
+    # Where everything comes out even, there is nothing to choose.
+    even = [
+        train_plan(sizes, PUBLISHED, SHAPES, batch_size=7, seed=3, epoch=2, last_batch=choice)
+        for choice in ("drop", "fill")
+    ]
+    assert even[0].rows.tobytes() == even[1].rows.tobytes()
+
+
+def test_a_batch_larger_than_the_source_can_be_filled():
+    plan = train_plan(SIZES, PUBLISHED, SHAPES, batch_size=18, seed=0, epoch=0, last_batch="fill")
+    assert sorted(np.bincount(plan.rows["index"][0]).tolist()) == [2, 2, 2, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "batch_size", "drop", "fill"), [(17, 4, 4, 5), (16, 4, 4, 4), (4, 4, 1, 1), (118_287, 16, 7392, 7393)]
+)
+def test_steps_of_an_epoch(pictures, batch_size, drop, fill):
+    assert steps_per_epoch(pictures, batch_size, "drop") == drop
+    assert steps_per_epoch(pictures, batch_size, "fill") == fill
+
+
+def test_epochs_need_a_batch():
+    assert steps_per_epoch(3, 4, "fill") == 1
+    with pytest.raises(ValueError, match=r"3 pictures do not fill one batch of 4; .*batch_size, or .*last_batch=fill"):
+        steps_per_epoch(3, 4, "drop")
+    with pytest.raises(ValueError, match=r"config\.data\.last_batch is 'pad', expected one of drop, fill"):
+        train_plan(SIZES, PUBLISHED, SHAPES, batch_size=2, seed=0, epoch=0, last_batch="pad")
+
+
+def test_target_sizes_hold_most_batches_and_the_fullest():
+    counts = np.array([3] * 90 + [10] * 9 + [61])
+    assert target_sizes(counts, 1) == (12, 64)  # 95 of 100 pictures have up to 10
+    assert target_sizes(counts[:94], 1) == (4, 12)
+    assert target_sizes(counts, 4) == (12, 64)  # 0.99 ** 4 of the batches do without the fullest, which is 96 %
+    assert target_sizes(counts, 8) == (64,)  # but 0.99 ** 8 only 92 %
+    assert target_sizes(np.zeros(5, int), 2) == (4,)
+
+
+def test_targets_are_padded_alike_on_every_host():
+    rng = np.random.default_rng(0)
+    sizes, counts = np.tile(SIZES, (300, 1)), rng.geometric(0.1, 2100)
+    plan = train_plan(sizes, PUBLISHED, SHAPES, batch_size=6, seed=0, epoch=0, object_counts=counts)
+    small, large = target_sizes(counts, 6)
+    fullest = [max(counts[row["index"]] for row in batch) for batch in plan.rows]
+    assert plan.max_targets.tolist() == [small if most <= small else large for most in fullest]
+    assert 0.93 < np.mean(plan.max_targets == small) < 0.99
+    assert large - 4 < counts.max() <= large
+    plain = train_plan(sizes, PUBLISHED, SHAPES, batch_size=6, seed=0, epoch=0)
+    assert plain.max_targets is None
+    assert plain.rows.tobytes() == plan.rows.tobytes()
 
 
 def test_left_out_pictures_change_with_the_epoch():
@@ -166,21 +271,27 @@ def test_plan_depends_on_seed_and_epoch_alone():
     assert rows[0].tobytes() == rows[1].tobytes()
 
 
-def test_hosts_get_contiguous_parts():
-    plan = train_plan(np.tile(SIZES, (4, 1)), PUBLISHED, SHAPES, batch_size=6, seed=0, epoch=0)
-    parts = [plan.rows_for(2, host, 3) for host in range(3)]
-    assert [len(part) for part in parts] == [2, 2, 2]
-    np.testing.assert_array_equal(np.concatenate(parts), plan.rows[2])
+@pytest.mark.parametrize("last_batch", ["drop", "fill"])
+def test_hosts_parts_make_the_whole(last_batch):
+    """Each host makes its own plan; together they read what one would have read alone, and nothing twice."""
+    plans = [
+        train_plan(np.tile(SIZES, (5, 1)), PUBLISHED, SHAPES, batch_size=6, seed=4, epoch=1, last_batch=last_batch)
+        for _ in range(3)
+    ]
+    assert len(plans[0]) == {"drop": 5, "fill": 6}[last_batch]
+    for batch in range(len(plans[0])):
+        parts = [plan.rows_for(batch, host, 3) for host, plan in enumerate(plans)]
+        assert [len(part) for part in parts] == [2, 2, 2]
+        assert np.concatenate(parts).tobytes() == plans[0].rows[batch].tobytes()
 
 
-def test_evaluation_holds_every_picture_once_in_order():
+def test_evaluation_holds_every_picture_once():
     plan = eval_plan(SIZES, 800, 1333, SHAPES, batch_size=2)
     assert [(tuple(s), r.tolist()) for s, r in zip(plan.shapes_hw, plan.rows["index"], strict=True)] == [
+        ((1344, 800), [1, 6]),  # 6 would fit (1088, 800), and fills the batch
+        ((800, 1344), [3, 5]),
         ((800, 1088), [0, 2]),
         ((800, 1088), [4, -1]),
-        ((1088, 800), [6, -1]),
-        ((800, 1344), [3, 5]),
-        ((1344, 800), [1, -1]),
     ]
     rows = plan.rows[plan.rows["index"] >= 0]
     assert not rows["flip"].any()
@@ -229,9 +340,16 @@ def test_shapes_are_checked_before_the_first_epoch():
         check_shapes(square, PUBLISHED, [(1344, 1240)])
 
 
-def test_one_shape_must_hold_all_others():
-    with pytest.raises(ValueError, match=r"no padded shape .* holds all the others.*add \(1088, 1344\)"):
-        check_shapes(SIZES, PUBLISHED, [(800, 1344), (1088, 800)])
+def test_what_fits_no_listed_shape_together_gets_the_largest_sides():
+    """Two pictures that are not cropped, one upright and one lying, make one batch."""
+    whole = dataclasses.replace(PUBLISHED, crop_probability=0.0, short_sides_px=(800,))
+    sizes, shapes = np.array([(640, 480), (480, 640)]), [(1088, 800), (800, 1344)]
+    plan = train_plan(sizes, whole, shapes, batch_size=2, seed=0, epoch=0)
+    assert plan.shapes_hw.tolist() == [[1088, 1344]]
+    assert sorted(plan.rows["index"][0]) == [0, 1]
+    # The smallest that is listed comes first.
+    plan = train_plan(sizes, whole, [*shapes, (1120, 1120), (1344, 1344)], batch_size=2, seed=0, epoch=0)
+    assert plan.shapes_hw.tolist() == [[1120, 1120]]
 
 
 @pytest.mark.parametrize("shapes", [[], [800, 1344], [(800, 0)], [(800.0, 1344.0)], [(800, 1344, 3)]])

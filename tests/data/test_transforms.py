@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,8 +38,9 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
 def _published(image, record, row):
     """METHOD's words, one picture and one box at a time: flip, then a resize, or a resize, a crop and a resize."""
     picture, objects = Image.fromarray(image), []
+    full_height, full_width = image.shape[:2]
     for (x, y, w, h), category, crowd in zip(record.boxes_xywh_px, record.category_ids, record.is_crowd, strict=True):
-        box = [max(x, 0), max(y, 0), min(x + w, WIDTH), min(y + h, HEIGHT)]
+        box = [max(x, 0), max(y, 0), min(x + w, full_width), min(y + h, full_height)]
         if not crowd and box[2] > box[0] and box[3] > box[1]:
             objects.append((box, category))
 
@@ -49,7 +52,7 @@ def _published(image, record, row):
 
     if row["flip"]:
         picture = picture.transpose(Image.FLIP_LEFT_RIGHT)
-        objects = [([WIDTH - b[2], b[1], WIDTH - b[0], b[3]], c) for b, c in objects]
+        objects = [([full_width - b[2], b[1], full_width - b[0], b[3]], c) for b, c in objects]
     if row["crop"]:
         picture, objects = resize(picture, objects, row["first_hw"])
         top, left, height, width = (int(v) for v in row["window"])
@@ -84,12 +87,32 @@ def test_drawn_rows_give_the_published_picture_and_boxes():
         image, boxes, category_ids = apply_row(IMAGE, record, row)
         expected = _published(IMAGE, record, row)
         np.testing.assert_array_equal(image, expected[0])
-        np.testing.assert_allclose(boxes, expected[1], atol=1e-6)  # float32 against float64
+        np.testing.assert_array_equal(boxes, expected[1].astype(np.float32))
         np.testing.assert_array_equal(category_ids, expected[2])
         assert boxes.dtype == np.float32
         dropped += len(training_objects(record)[0]) - len(boxes)
     assert dropped > 0  # some boxes did lie outside a window
     assert len(np.unique(rows[["flip", "crop"]])) == 4
+
+
+def test_published_sizes_give_the_published_picture_and_boxes():
+    """As the test above, with the published settings and pictures of COCO's sizes: every branch, flipped and not."""
+    settings = Augmentation(tuple(range(480, 801, 32)), 1333, 0.5, 0.5, (400, 500, 600), (384, 600))
+    sizes = [(480, 640), (640, 427), (218, 640)]
+    rng = np.random.default_rng(2)
+    plan = train_plan(np.tile(sizes, (10, 1)), settings, [(1344, 1344)], batch_size=1, seed=1, epoch=0)
+    for row in plan.rows[:, 0]:
+        height, width = sizes[row["index"] % 3]
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        corners = rng.uniform(-20, (width, height), (9, 2)).round(2)
+        boxes = np.concatenate([corners, rng.uniform(-20, 300, (9, 2)).round(2)], -1)
+        record = dataclasses.replace(_record(boxes, is_crowd=rng.random(9) < 0.2), height=height, width=width)
+        picture, boxes, category_ids = apply_row(image, record, row)
+        expected = _published(image, record, row)
+        np.testing.assert_array_equal(picture, expected[0])
+        np.testing.assert_array_equal(boxes, expected[1].astype(np.float32))
+        np.testing.assert_array_equal(category_ids, expected[2])
+    assert len(np.unique(plan.rows[["flip", "crop"]])) == 4
 
 
 def test_flip_moves_boxes_with_their_pixels():
