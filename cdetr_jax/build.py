@@ -8,9 +8,22 @@ import jax.numpy as jnp
 import ml_collections
 from absl import logging
 
-from cdetr_jax.data.pipeline import Batches, Reading, eval_batches, train_batches
-from cdetr_jax.data.plan import Augmentation
-from cdetr_jax.data.sources import CocoFolder, Source, SyntheticShapes
+from cdetr_jax.data.joined import JoinedSource
+from cdetr_jax.data.pipeline import Batches, Reading, eval_batches, sizes_hw, train_batches
+from cdetr_jax.data.plan import (
+    LAST_BATCH,
+    Augmentation,
+    EpochPlan,
+    Shapes,
+    bucket_table,
+    search_eval_shapes,
+    search_shapes,
+    steps_per_epoch,
+    train_plan,
+)
+from cdetr_jax.data.sources import CocoFolder, Source
+from cdetr_jax.data.synthetic import SyntheticShapes
+from cdetr_jax.data.tfds_source import TfdsSource
 from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.models.resnet import NORMS, STAGE_SIZES, frozen_modules
 from cdetr_jax.models.transformer import REFERENCE_POINTS, SPATIAL_QUERIES, TRANSFORMATIONS
@@ -29,8 +42,9 @@ CHOICES = {
     "model.spatial_query": SPATIAL_QUERIES,
     "model.transformation": TRANSFORMATIONS,
     "model.compute_dtype": ("float32", "bfloat16"),
-    "data.source": ("coco_folder", "synthetic"),
+    "data.source": ("coco_folder", "tfds", "coco_folder+tfds", "synthetic"),
     "data.class_ids": ("category_id", "contiguous"),
+    "data.last_batch": LAST_BATCH,
 }
 
 AT_LEAST_ONE = (
@@ -40,6 +54,8 @@ AT_LEAST_ONE = (
     "model.ffn_width",
     "model.decoder_layers",
     "model.num_queries",
+    "data.num_train_shapes",
+    "data.num_eval_shapes",
     "train.batch_size",
     "train.accumulation_steps",
     "train.num_epochs",
@@ -105,7 +121,8 @@ def _get(config: ml_collections.ConfigDict, field: str) -> Any:
 def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
     """The source of a split, `train` or `eval`.
 
-    Raises: ValueError, FileNotFoundError, if its fields are empty or the files are not right.
+    Raises: ValueError, FileNotFoundError, if its fields are empty or the files are not right; ModuleNotFoundError, if
+      it needs TFDS and that is not installed.
     """
     data = config.data
     if data.source == "synthetic":
@@ -116,14 +133,45 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
         return SyntheticShapes(
             seed=seed, size=size, height=shapes.height, width=shapes.width, max_objects=shapes.max_objects
         )
-    images, annotations = data[f"{split}_images"], data[f"{split}_annotations"]
-    if not images or not annotations:
+    parts = []
+    if "coco_folder" in data.source:
+        parts += [(images, CocoFolder(images, annotations)) for images, annotations in _folders(data, split)]
+    if "tfds" in data.source:
+        parts += [(f"{name} {part}", TfdsSource(name, data.tfds_data_dir, part)) for name, part in _sets(data, split)]
+    if not parts:
+        raise ValueError(f"config.data has no data for {split!r}: name a folder of pictures or a TFDS split")
+    return parts[0][1] if len(parts) == 1 else JoinedSource(parts)
+
+
+def _folders(data: ml_collections.ConfigDict, split: str) -> list[tuple[str, str]]:
+    """Folders of pictures, each with its instances JSON."""
+    images, annotations = _words(data[f"{split}_images"]), _words(data[f"{split}_annotations"])
+    if not any(images + annotations) and data.source != "coco_folder":
+        return []
+    if not all(images + annotations) or len(images) != len(annotations):
         raise ValueError(
             f"config.data.{split}_images and config.data.{split}_annotations must name a folder of pictures and its "
-            f"instances JSON; they are {images!r} and {annotations!r}: add --config.data.{split}_images=... "
+            f"instances JSON, or as many of both; they are {data[f'{split}_images']!r} and "
+            f"{data[f'{split}_annotations']!r}: add --config.data.{split}_images=... "
             f"--config.data.{split}_annotations=..."
         )
-    return CocoFolder(images, annotations)
+    return list(zip(images, annotations, strict=True))
+
+
+def _sets(data: ml_collections.ConfigDict, split: str) -> list[tuple[str, str]]:
+    """Names of TFDS sets, each with its split; one split may stand for all."""
+    names, splits = _words(data.tfds_name), _words(data[f"{split}_split"])
+    splits = splits * len(names) if len(splits) == 1 else splits
+    if not all(names) or len(names) != len(splits) or (data.source == "tfds" and not any(splits)):
+        raise ValueError(
+            f"config.data.tfds_name and config.data.{split}_split must name a TFDS set and its split, or as many of "
+            f"both; they are {data.tfds_name!r} and {data[f'{split}_split']!r}"
+        )
+    return [pair for pair in zip(names, splits, strict=True) if pair[1]]
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def class_table(categories: Sequence[Category], class_ids: str, num_classes: int) -> ClassTable:
@@ -252,6 +300,7 @@ def _reading(config: ml_collections.ConfigDict, max_targets: int, host: tuple[in
     data = config.data
     return Reading(
         workers=data.workers,
+        threads=data.threads,
         max_targets=max_targets,
         on_error=data.on_error,
         max_bad_fraction=data.max_bad_fraction,
@@ -267,37 +316,72 @@ def make_train_batches(
     start: tuple[int, int],
     host: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Augmented batches from a position (epoch, batch) on, for a host (index, count)."""
+    """Augmented batches from a position (epoch, batch) on, for a host (index, count); the first logs the buckets."""
     data = config.data
-    augmentation = Augmentation(
+    shapes = train_shapes(config, source)
+    if host[0] == 0:
+        plan = make_plan(config, source, shapes, start[0])
+        logging.info("Buckets of epoch %d:\n%s", start[0] + 1, "\n".join(bucket_table(plan)))
+    return train_batches(
+        source,
+        label_of(classes),
+        _augmentation(config),
+        shapes,
+        _reading(config, data.max_targets, host),
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        last_batch=data.last_batch,
+        start=start,
+    )
+
+
+def make_plan(config: ml_collections.ConfigDict, source: Source, shapes: Shapes, epoch: int) -> EpochPlan:
+    """The plan of a training epoch, to look at; `make_train_batches` follows the same."""
+    return train_plan(
+        sizes_hw(source),
+        _augmentation(config),
+        shapes,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        last_batch=config.data.last_batch,
+    )
+
+
+def train_shapes(config: ml_collections.ConfigDict, source: Source) -> Shapes:
+    """Padded shapes of training: the config's, or chosen from the sizes of the pictures."""
+    data = config.data
+    return data.train_shapes or search_shapes(sizes_hw(source), _augmentation(config), data.num_train_shapes)
+
+
+def count_steps(config: ml_collections.ConfigDict, source: Source) -> int:
+    """Steps of a training epoch. Raises: ValueError, if there would be none."""
+    return steps_per_epoch(len(source), config.train.batch_size, config.data.last_batch)
+
+
+def make_eval_batches(config: ml_collections.ConfigDict, source: Source, host: tuple[int, int] = (0, 1)) -> Batches:
+    """Every picture once, resized as published, for a host (index, count); its labels are the categories' ranks."""
+    data = config.data
+    sides = data.eval_short_side_px, data.long_side_max_px
+    shapes = data.eval_shapes or search_eval_shapes(sizes_hw(source), *sides, data.num_eval_shapes)
+    return eval_batches(
+        source,
+        label_of(class_table(source.categories, "contiguous", 0)),
+        shapes,
+        _reading(config, 0, host),
+        short_side_px=data.eval_short_side_px,
+        long_side_max_px=data.long_side_max_px,
+        batch_size=config.eval.batch_size,
+    )
+
+
+def _augmentation(config: ml_collections.ConfigDict) -> Augmentation:
+    data = config.data
+    return Augmentation(
         short_sides_px=data.short_sides_px,
         long_side_max_px=data.long_side_max_px,
         flip_probability=data.flip_probability,
         crop_probability=data.crop_probability,
         crop_short_sides_px=data.crop_short_sides_px,
         crop_sides_px=data.crop_sides_px,
-    )
-    return train_batches(
-        source,
-        label_of(classes),
-        augmentation,
-        data.train_shapes,
-        _reading(config, data.max_targets, host),
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        start=start,
-    )
-
-
-def make_eval_batches(config: ml_collections.ConfigDict, source: Source, host: tuple[int, int] = (0, 1)) -> Batches:
-    """Every picture once, resized as published, for a host (index, count); its labels are the categories' ranks."""
-    data = config.data
-    return eval_batches(
-        source,
-        label_of(class_table(source.categories, "contiguous", 0)),
-        data.eval_shapes,
-        _reading(config, 0, host),
-        short_side_px=data.eval_short_side_px,
-        long_side_max_px=data.long_side_max_px,
-        batch_size=config.eval.batch_size,
     )

@@ -298,8 +298,9 @@ def _load_run(source: str, workdir: str, step: int | None, checkpoint: str) -> W
         raise ValueError(f"checkpoint {step} of {workdir} does not fit its own config.json: {problems}")
     logging.info("Weights of step %d of %s", step, workdir)
     data = config.data
-    shapes = tuple(tuple(shape) for shape in data.eval_shapes)
-    preprocessing = Preprocessing(data.eval_short_side_px, data.long_side_max_px, shapes)
+    sides = data.eval_short_side_px, data.long_side_max_px
+    shapes = tuple(tuple(shape) for shape in data.eval_shapes or evaluation_shapes(*sides))
+    preprocessing = Preprocessing(*sides, shapes)
     is_whole = "train" in config  # else it was converted from elsewhere
     return Weights(source, fields, classes, variables, preprocessing, config.eval.top_k, config if is_whole else None)
 

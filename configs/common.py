@@ -64,18 +64,30 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     loss.no_object_weight = 0.1  # softmax only
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = "coco_folder"  # coco_folder | synthetic
-    data.train_images = "data/coco/train2017"  # folder of the pictures
-    data.train_annotations = "data/coco/annotations/instances_train2017.json"  # instances JSON
+    data.source = "coco_folder"  # coco_folder | tfds | coco_folder+tfds | synthetic
+    # Several folders, or several TFDS sets: the names with commas between them, as in "a/train,b/train". Categories are
+    # joined by name. With coco_folder+tfds an empty name leaves that part out, for example of the evaluation.
+    data.train_images = "data/coco/train2017"  # coco_folder: folder of the pictures
+    data.train_annotations = "data/coco/annotations/instances_train2017.json"  # coco_folder: instances JSON
     data.eval_images = "data/coco/val2017"
     data.eval_annotations = "data/coco/annotations/instances_val2017.json"
+    data.tfds_name = "coco/2017"  # tfds: a set with objects/bbox and objects/label, made by `cdetr prepare`
+    data.tfds_data_dir = "data/tfds"  # tfds: --data_dir of `cdetr prepare`
+    data.train_split = "train"  # tfds: as TFDS writes it, "train+validation" or "train[:1%]" too
+    data.eval_split = "validation"
     data.class_ids = "category_id"  # category_id: logit = COCO id (published) | contiguous: logit = rank of the id
     data.on_error = "raise"  # raise: stop at a damaged picture and name it | skip: replace it, count it
     data.max_bad_fraction = 0.01  # with skip: stop when more of the pictures than this are damaged
-    data.workers = 8  # decoding threads
-    data.max_targets = 0  # T, objects an image can hold; 0: as many as the fullest picture has
-    data.train_shapes = ((800, 1088), (1088, 800), (800, 1344), (1344, 800), (1344, 1344))  # padded H, W in pixels
-    data.eval_shapes = ((800, 1088), (1088, 800), (800, 1344), (1344, 800), (1344, 1344))
+    data.workers = 0  # processes that read pictures; 0: threads of this one do, which is enough up to about 8 cores
+    data.threads = 0  # of each process that reads; 0: one for each core, all processes together
+    data.max_targets = 0  # T, objects an image can hold; 0: one of two sizes, by what each batch needs
+    # Padded (H, W) in pixels, each a program to compile. (): chosen from the data's sizes, num_... of them, so that the
+    # least is padded.
+    data.train_shapes = ()
+    data.eval_shapes = ()
+    data.num_train_shapes = 12
+    data.num_eval_shapes = 5
+    data.last_batch = "drop"  # pictures that fill no batch: drop, as published | fill: others of the epoch join them
     data.short_sides_px = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     data.long_side_max_px = 1333
     data.flip_probability = 0.5

@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
         data.synthetic.width = 96
         data.synthetic.max_objects = 4
         data.class_ids = "contiguous"
-        data.workers = 2
+        data.threads = 2
         data.train_shapes = ((96, 96),)
         data.eval_shapes = ((96, 96),)
         data.short_sides_px = (96,)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cdetr_jax import build
-from cdetr_jax.data.sources import SyntheticShapes
+from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.structs import Category
 from configs import common, demo
 

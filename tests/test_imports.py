@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(cdetr_jax.__file__).parent
 
 # Bottom up: a file imports only what is listed above it, or beside it where one line names several.
 ORDER = """
+records
 structs
 boxes
 models/resnet models/position
@@ -22,15 +23,20 @@ models/detector
 matching/cost matching/assign
 losses/focal losses/box
 losses/criterion
-data/coco_categories data/sources
+data/coco_categories data/kept data/synthetic
+data/sources
+data/tfds_source
+data/joined data/tfds_prepare
+data/buckets
 data/plan
 data/transforms
+data/workers
 data/pipeline
 evaluation/postprocess
 evaluation/coco_eval
 visualization/draw visualization/curve
 training/optimizer training/step
-training/parallel training/metrics
+training/parallel training/metrics training/feed
 checkpoints/misfit
 checkpoints/io checkpoints/workdir checkpoints/torch_convert checkpoints/torch_files
 checkpoints/architecture
@@ -41,7 +47,8 @@ export
 training/loop
 inference
 cli/settings
-cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark
+cli/benchmark_input
+cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare
 cli/main
 """
 RANK = {

@@ -1,4 +1,4 @@
-"""`cdetr benchmark`: where the time of a train step goes, on made-up pictures."""
+"""`cdetr benchmark`: where the time of a train step goes, on made-up pictures; `cdetr benchmark input`: of reading."""
 
 import argparse
 import resource
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from cdetr_jax import build
+from cdetr_jax.cli import benchmark_input
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.structs import Batch, Targets
 from cdetr_jax.training.parallel import Trainer
@@ -50,10 +51,13 @@ class _Clock:
 
 
 def run(arguments: argparse.Namespace, fields: list[str]) -> None:
-    """Prints compile time, the time of each part, images per second and memory.
+    """Prints compile time, the time of each part, images per second and memory; or what `benchmark_input` does.
 
     Raises: ValueError, if the size or the config is wrong.
     """
+    if arguments.what == "input":
+        benchmark_input.run(arguments, fields)
+        return
     config = read_config(arguments.config, fields)
     try:
         height, width = map(int, arguments.size.lower().split("x"))

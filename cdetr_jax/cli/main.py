@@ -104,6 +104,31 @@ def parser() -> argparse.ArgumentParser:
         "--without-timm", action="store_true", help="hub: name the backbone so that transformers loads it without timm"
     )
 
+    prepare = add(
+        "prepare",
+        "download a TFDS set once and write it so that it can be read at random",
+        "Needs TFDS: pip install cdetr_jax[tfds]. Says first how much disk it takes. Interrupted, it goes on when\n"
+        "called again. Without a network, put the set's archives under their published names in a folder and name\n"
+        "that with --archives. Pictures with a COCO JSON need no preparation: see --config.data.source=coco_folder.\n\n"
+        "examples:\n"
+        "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds\n"
+        "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds --archives=from_a_disk",
+    )
+    prepare.add_argument("--dataset", required=True, metavar="NAME", help="as TFDS has it: coco/2017, voc/2007")
+    prepare.add_argument("--data_dir", required=True, metavar="DIR", help="TFDS's data_dir; made if missing")
+    prepare.add_argument(
+        "--archives",
+        "--manual_dir",
+        metavar="DIR",
+        help="folder of the archives that are there already, such as train2017.zip; what is missing is downloaded to "
+        "it (default: downloads/archives in --data_dir)",
+    )
+    prepare.add_argument(
+        "--any-archives",
+        action="store_true",
+        help="take archives as they are, also where they are not byte for byte the published ones",
+    )
+
     export = add(
         "export",
         "write a detector as one file that runs without this package",
@@ -124,15 +149,23 @@ def parser() -> argparse.ArgumentParser:
 
     benchmark = add(
         "benchmark",
-        "time the parts of a train step and the inference on this machine",
-        CONFIG_HELP
-        + "\n\nexample:\n  cdetr benchmark --config=configs/conditional_detr_r50.py --batch=2 --size=480x640",
+        "time the parts of a train step and the inference on this machine, or the reading of pictures",
+        "  step   (default) a train step and the inference, on made-up pictures of one size\n"
+        "  input  reading the config's training pictures: images a second and a core, the share of real pixels, and the\n"
+        "         time of each stage; with --step against what a train step on this machine eats\n\n"
+        + CONFIG_HELP
+        + "\n\nexamples:\n"
+        "  cdetr benchmark --config=configs/conditional_detr_r50.py --batch=2 --size=480x640\n"
+        "  cdetr benchmark input --config=configs/conditional_detr_r50.py --config.data.workers=4",
     )
-    benchmark.add_argument("--config", required=True, metavar="FILE", help="recipe whose model is timed")
+    benchmark.add_argument("what", nargs="?", choices=("step", "input"), default="step", help="see below")
+    benchmark.add_argument("--config", required=True, metavar="FILE", help="recipe whose model, or data, is timed")
     benchmark.add_argument("--batch", type=int, default=2, metavar="N", help="pictures a step (default: 2)")
     benchmark.add_argument("--size", default="480x640", metavar="HxW", help="in pixels (default: 480x640)")
     benchmark.add_argument("--targets", type=int, default=7, metavar="N", help="objects a picture (default: 7)")
     benchmark.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default: 10)")
+    benchmark.add_argument("--batches", type=int, default=40, metavar="N", help="input: timed batches (default: 40)")
+    benchmark.add_argument("--step", action="store_true", help="input: also time train steps on the last batch")
     return main
 
 

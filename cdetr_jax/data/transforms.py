@@ -7,7 +7,7 @@ from PIL import Image
 
 from cdetr_jax.data.plan import resized_hw
 from cdetr_jax.data.sources import clip_to_picture
-from cdetr_jax.structs import Record
+from cdetr_jax.records import Record
 
 
 def training_objects(record: Record) -> tuple[np.ndarray, np.ndarray]:
@@ -37,26 +37,43 @@ def apply_row(image: np.ndarray, record: Record, row: np.ndarray) -> tuple[np.nd
     Args:
       image: uint8 [H, W, 3], of the size in the record.
       row: one ROW.
-    Returns: picture, uint8 [h, w, 3] of row["size_hw"]; boxes, float32 [n, 4] cxcywh, fractions of that picture;
-      category ids, [n].
+    Returns: picture, uint8 [h, w, 3] of row["size_hw"]; boxes and category ids of `transform_boxes`.
     """
-    boxes, category_ids = training_objects(record)
-    picture = Image.fromarray(image)
+    return np.asarray(transform_picture(Image.fromarray(image), row)), *transform_boxes(record, row)
+
+
+def transform_picture(picture: Image.Image, row: np.ndarray) -> Image.Image:
+    """The half of `apply_row` that needs the pixels: flip, then perhaps resize and crop, then resize."""
     if row["flip"]:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        boxes = boxes[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [picture.width, 0, picture.width, 0]
     if row["crop"]:
-        picture, boxes = _resize(picture, boxes, row["first_hw"])
+        picture = _resize(picture, row["first_hw"])
         top, left, height, width = row["window"].tolist()
         picture = picture.crop((left, top, left + width, top + height))
+    return _resize(picture, row["size_hw"])
+
+
+def transform_boxes(record: Record, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The other half of `apply_row`, which needs no pixels.
+
+    Returns: boxes, float32 [n, 4] cxcywh, fractions of the resulting picture; category ids, [n].
+    """
+    boxes, category_ids = training_objects(record)
+    size_xy = np.array([record.width, record.height])
+    if row["flip"]:
+        boxes = boxes[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [record.width, 0, record.width, 0]
+    if row["crop"]:
+        boxes = boxes * np.tile(row["first_hw"][::-1] / size_xy, 2)
+        top, left, height, width = row["window"].tolist()
         boxes = (boxes - [left, top, left, top]).clip(0, [width, height, width, height])
         keep = (boxes[:, 2:] > boxes[:, :2]).all(-1)
         boxes, category_ids = boxes[keep], category_ids[keep]
-    picture, boxes = _resize(picture, boxes, row["size_hw"])
-    corners = boxes / [picture.width, picture.height, picture.width, picture.height]
+        size_xy = np.array([width, height])
+    final_xy = row["size_hw"][::-1]
+    boxes = boxes * np.tile(final_xy / size_xy, 2)
+    corners = boxes / np.tile(final_xy, 2)
     low, high = corners[:, :2], corners[:, 2:]
-    boxes_cxcywh = np.concatenate([(low + high) / 2, high - low], axis=-1).astype(np.float32)
-    return np.asarray(picture), boxes_cxcywh, category_ids
+    return np.concatenate([(low + high) / 2, high - low], axis=-1).astype(np.float32), category_ids
 
 
 def resize_for_evaluation(image: np.ndarray, short_side_px: int, long_side_max_px: int) -> np.ndarray:
@@ -65,7 +82,6 @@ def resize_for_evaluation(image: np.ndarray, short_side_px: int, long_side_max_p
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _resize(picture: Image.Image, boxes: np.ndarray, size_hw: np.ndarray) -> tuple[Image.Image, np.ndarray]:
+def _resize(picture: Image.Image, size_hw: np.ndarray) -> Image.Image:
     height, width = size_hw.tolist()
-    across, down = width / picture.width, height / picture.height
-    return picture.resize((width, height), Image.Resampling.BILINEAR), boxes * [across, down, across, down]
+    return picture.resize((width, height), Image.Resampling.BILINEAR)

@@ -37,19 +37,21 @@ class CocoMetrics:
       per_class: AP (IoU 0.50 to 0.95, all areas) under the category's name, in the order of the categories. A name
         that several categories share is followed by their ids: "cat (17)".
       boxes_per_class: number of annotated boxes that count, crowds left out, under the same keys.
+      category_ids: the data set's own, under the same keys.
     """
 
     summary: dict[str, float]
     per_class: dict[str, float]
     boxes_per_class: dict[str, int]
+    category_ids: dict[str, int]
 
     def format_table(self) -> str:
-        """The 12 numbers with their meaning, then AP and number of boxes of each class, as aligned lines."""
+        """The 12 numbers with their meaning, then id, AP and number of boxes of each class, as aligned lines."""
         lines = [f"{name:<5}  {_number(value)}  {SUMMARY[name]}" for name, value in self.summary.items()]
         width = max(map(len, ("class", *self.per_class)))
-        lines += ["", f"{'class':<{width}}     AP   boxes"]
+        lines += ["", f"{'class':<{width}}    id     AP   boxes"]
         lines += [
-            f"{name:<{width}}  {_number(value)}  {self.boxes_per_class[name]:>6}"
+            f"{name:<{width}}  {self.category_ids[name]:>4}  {_number(value)}  {self.boxes_per_class[name]:>6}"
             for name, value in self.per_class.items()
         ]
         return "\n".join(lines)
@@ -103,6 +105,7 @@ def coco_average_precision(
         summary={name: float(value) for name, value in zip(SUMMARY, evaluator.stats, strict=True)},
         per_class={key: ap_of_id[category.id] for key, category in zip(keys, categories, strict=True)},
         boxes_per_class={key: counts[category.id] for key, category in zip(keys, categories, strict=True)},
+        category_ids={key: category.id for key, category in zip(keys, categories, strict=True)},
     )
 
 

@@ -20,6 +20,7 @@ from cdetr_jax.evaluation.coco_eval import CocoMetrics, coco_average_precision
 from cdetr_jax.losses.criterion import Losses
 from cdetr_jax.matching.assign import NonFiniteCostError
 from cdetr_jax.structs import Batch
+from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
 from cdetr_jax.training.parallel import Trainer, first
 from cdetr_jax.training.step import TrainState, new_rng
@@ -35,6 +36,12 @@ FREE_FIELDS = (
     "data.eval_annotations",
     "data.train_images",
     "data.train_annotations",
+    "data.tfds_data_dir",
+    "data.tfds_name",
+    "data.train_split",
+    "data.eval_split",
+    "data.eval_shapes",
+    "data.num_eval_shapes",
     "data.on_error",
     "data.max_bad_fraction",
     "train.num_epochs",
@@ -43,6 +50,7 @@ FREE_FIELDS = (
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
 )
+INIT_SHAPE = (64, 64)  # of a picture; the parameters do not depend on it
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -66,12 +74,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     classes = build.class_table(source.categories, config.data.class_ids, config.model.num_classes)
     _check_same_run(config, workdir)
 
-    steps_per_epoch = len(source) // config.train.batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"{len(source)} pictures do not fill one batch of {config.train.batch_size}; use a smaller "
-            "config.train.batch_size"
-        )
+    steps_per_epoch = build.count_steps(config, source)
     schedules = build.make_schedules(config, steps_per_epoch)
     functions = build.make_step_functions(config, len(classes), schedules)
     trainer = Trainer(functions)
@@ -101,15 +104,18 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
         len(source), steps_per_epoch, total_steps, len(trainer.devices), host[1],
     )  # fmt: skip
 
+    def put(batch: Batch) -> tuple[Batch, list[Batch]]:
+        return batch, [trainer.put(part) for part in _split(batch, config.train.accumulation_steps)]
+
     state = trainer.replicate(state)
+    feed = Feed(batches, put)
     timer = IntervalTimer()
     recent: list[tuple[int, Losses, jax.Array]] = []
     summary = None
     try:
         for step in range(start_step + 1, total_steps + 1):
             with timer.part("data"):
-                batch = next(batches)
-            parts = _split(batch, config.train.accumulation_steps)
+                batch, parts = next(feed)
             try:
                 state, losses, grad_norm = trainer.step(state, parts)
             except NonFiniteCostError as error:
@@ -158,7 +164,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
                 checkpoints.save(step, saved, position, scores)
                 timer.report(0)  # evaluating and saving are not part of the next interval's pace
     finally:
-        batches.close()
+        feed.close()
         if progress:
             progress.close()
         if writer:
@@ -204,8 +210,7 @@ def _functions(config: ml_collections.ConfigDict, num_classes: int) -> Any:
 
 
 def _template(config: ml_collections.ConfigDict, functions: Any) -> TrainState:
-    shape = tuple(config.data.eval_shapes[0])
-    return jax.eval_shape(lambda: functions.init(new_rng(config.seed), shape))
+    return jax.eval_shape(lambda: functions.init(new_rng(config.seed), INIT_SHAPE))
 
 
 def _initial_state(
@@ -219,7 +224,7 @@ def _initial_state(
     step = checkpoints.latest_step()
     if step is None:
         initial = load_initial(config.init) if config.init else None
-        state = functions.init(new_rng(config.seed), tuple(config.data.eval_shapes[0]))
+        state = functions.init(new_rng(config.seed), INIT_SHAPE)
         if initial is not None:
             state = _start_from(initial, state, classes, checkpoints.directory.parent)
         if isinstance(initial, Weights):
@@ -335,11 +340,11 @@ def _evaluate(
 ) -> CocoMetrics:
     """Runs every picture of the source and scores the detections. `variables` are replicated."""
     classes = build.classes_in_data(classes, source.categories)
-    batches = build.make_eval_batches(config, source, host)
+    feed = Feed(build.make_eval_batches(config, source, host), lambda batch: (batch.index, trainer.put(batch)))
     results = []
     try:
-        for batch in batches:
-            detections, index = trainer.detect(variables, batch), batch.index
+        for index, batch in feed:
+            detections = trainer.detect(variables, batch)
             if host[1] > 1:
                 detections, index = multihost_utils.process_allgather((detections, index), tiled=True)
             for row, i in enumerate(index):
@@ -347,7 +352,7 @@ def _evaluate(
                     found = jax.tree.map(lambda x, row=row: x[row], detections)
                     results += coco_results(source.records[i].image_id, found, classes)
     finally:
-        batches.close()
+        feed.close()
     return coco_average_precision(source.records, source.categories, results)
 
 

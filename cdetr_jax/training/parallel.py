@@ -60,14 +60,23 @@ class Trainer:
 
         return jax.tree.map(cut, tree)
 
+    def put(self, batch: Batch) -> Batch:
+        """Shards a host batch and starts the transfer of its pixels; the rest is small, and needed here as well."""
+        sharded = self.shard(batch)
+        mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+        return sharded.replace(images=jax.device_put(sharded.images, sharding))
+
     def step(self, state: TrainState, parts: list[Batch]) -> tuple[TrainState, Losses, Array]:
         """One optimiser step over this host's micro-batches, one after the other.
 
+        Args:
+          parts: host batches, or what `put` made of them.
         Returns: the new replicated state, the losses over everything that the step saw and the gradient norm before
           clipping, both once per device.
         Raises: NonFiniteCostError, with the row of the concatenated parts, if the predictions are not finite.
         """
-        parts = [self.shard(part) for part in parts]
+        parts = [self._sharded(part) for part in parts]
         counts = self.counts(parts)
         grads = losses = None
         for i, part in enumerate(parts):
@@ -112,6 +121,12 @@ class Trainer:
         )
 
     def detect(self, variables: Any, batch: Batch) -> Detections:
-        """Detections of a host batch, as NumPy arrays in its order. `variables` are replicated."""
-        detections = self._detect(variables, self.shard(batch))
+        """Detections of a host batch, or of what `put` made of one, as NumPy arrays in its order.
+
+        `variables` are replicated.
+        """
+        detections = self._detect(variables, self._sharded(batch))
         return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), detections)
+
+    def _sharded(self, batch: Batch) -> Batch:
+        return batch if isinstance(batch.images, jax.Array) else self.shard(batch)

@@ -1,16 +1,25 @@
 import itertools
 import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from fatal_source import FatalShapes
 
 from cdetr_jax.data.pipeline import Reading, eval_batches, train_batches
 from cdetr_jax.data.plan import Augmentation, redraw_row, train_plan
-from cdetr_jax.data.sources import BadPictureError, CocoFolder, SyntheticShapes
+from cdetr_jax.data.sources import BadPictureError, CocoFolder
+from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.transforms import apply_row
+from cdetr_jax.data.workers import WorkerDiedError
 from cdetr_jax.structs import Category, Record
 
 AUGMENTATION = Augmentation((24, 30, 36), 50, 0.5, 0.5, (28, 34), (20, 30))
@@ -53,8 +62,8 @@ class Pictures:
         return np.random.default_rng(i).integers(0, 256, (record.height, record.width, 3), np.uint8)
 
 
-def _reading(workers=2, max_targets=0, on_error="raise", max_bad_fraction=0.0, **hosts):
-    return Reading(workers, max_targets, on_error, max_bad_fraction, **hosts)
+def _reading(threads=2, max_targets=0, on_error="raise", max_bad_fraction=0.0, workers=0, **hosts):
+    return Reading(workers, threads, max_targets, on_error, max_bad_fraction, **hosts)
 
 
 def _train(source, reading=None, *, batch_size=4, start=(0, 0), shapes=SHAPES, label_of=LABEL_OF):
@@ -113,11 +122,11 @@ def test_batches_hold_what_the_plan_says():
     assert dtypes == ["uint8", "int32", "int32", "int32", "int32", "float32", "bool"]
 
 
-def test_any_number_of_workers_gives_the_same_bytes():
+def test_any_number_of_threads_gives_the_same_bytes():
     source = Pictures()
-    expected = [_bytes(batch) for batch in _take(_train(source, _reading(workers=1)), 9)]
-    for workers in (3, 8):
-        assert [_bytes(batch) for batch in _take(_train(source, _reading(workers=workers)), 9)] == expected
+    expected = [_bytes(batch) for batch in _take(_train(source, _reading(threads=1)), 9)]
+    for threads in (3, 8):
+        assert [_bytes(batch) for batch in _take(_train(source, _reading(threads=threads)), 9)] == expected
 
 
 def test_resumes_at_every_position():
@@ -169,7 +178,7 @@ def test_close_does_not_wait_for_pictures_that_are_not_begun():
             time.sleep(0.1)
             return super().load_image(i)
 
-    batches = _train(Slow(), _reading(workers=1))
+    batches = _train(Slow(), _reading(threads=1))
     next(batches)
     batches.close()
     assert len(begun) <= 4 + 2  # of the 12 that were asked for
@@ -210,7 +219,7 @@ def test_synthetic_and_coco_folder_sources(content, write):
 
 
 def test_damaged_picture_stops_the_run_and_ends_the_threads():
-    batches = _train(Pictures(bad=[5]), _reading(workers=4))
+    batches = _train(Pictures(bad=[5]), _reading(threads=4))
     with pytest.raises(BadPictureError, match=r"/there/picture-5\.png"):
         _take(batches, 9)
     assert not _threads()
@@ -256,8 +265,8 @@ def test_skipped_pictures_are_replaced_by_the_next_readable_one(caplog):
             np.testing.assert_array_equal(one.images[slot, : image.shape[0], : image.shape[1]], image)
             replaced += 1
     assert replaced > 5
-    for workers in (1, 7):
-        again = _take(_train(damaged, _reading(workers, on_error="skip", max_bad_fraction=0.2)), 12)
+    for threads in (1, 7):
+        again = _take(_train(damaged, _reading(threads, on_error="skip", max_bad_fraction=0.2)), 12)
         assert [_bytes(batch) for batch in again] == [_bytes(batch) for batch in taken]
 
 
@@ -286,6 +295,137 @@ def test_evaluation_leaves_damaged_pictures_empty():
         list(_eval(Pictures(bad=[4])))
 
 
+# -------------------------------------------------------------------------------------------- worker processes
+
+SHAPES_OF_SYNTHETIC = ((40, 56), (52, 52))
+
+
+def _train_shapes(source, reading, **settings):
+    return _train(source, reading, shapes=SHAPES_OF_SYNTHETIC, **settings)
+
+
+def _processes():
+    return multiprocessing.active_children()
+
+
+def test_processes_go_on_with_the_same_bytes():
+    source = SyntheticShapes(seed=0, size=41, height=48, width=64, max_objects=5)
+    expected = [_bytes(batch) for batch in _take(_train_shapes(source, _reading()), 57)]
+    resumed = _train_shapes(source, _reading(workers=2, threads=2), start=(0, 7))
+    assert [_bytes(batch) for batch in _take(resumed, 50)] == expected[7:]
+    hosts = [_train_shapes(source, _reading(threads=1, workers=k, host_index=k, host_count=2)) for k in range(2)]
+    parts = [_take(batches, 3) for batches in hosts]
+    for step in range(3):
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part[step] for part in parts))
+        assert _bytes(joined) == expected[step]
+    assert not _processes()
+    assert not _threads()
+
+
+def test_damaged_pictures_in_processes(content, write):
+    content["images"] += [{"id": 20 + i, "file_name": f"{i}.png", "height": 30, "width": 40} for i in range(4)]
+    folder, file = write(content)
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    (folder / "b.png").unlink()
+    source = CocoFolder(folder, file)
+    settings = {"batch_size": 3, "label_of": {2: 0, 700: 1}}
+    taken = []
+    for workers in (0, 1):
+        batches = _train(source, _reading(workers=workers, on_error="skip", max_bad_fraction=0.5), **settings)
+        taken.append([_bytes(batch) for batch in _take(batches, 4)])
+        assert batches.bad_files == {"2.png", "b.png"}
+    assert taken[0] == taken[1]
+    with pytest.raises(BadPictureError, match=r"pictures/(2|b)\.png: cannot read this picture"):
+        _take(_train(source, _reading(workers=1), **settings), 4)
+    assert not _processes()
+
+
+@pytest.mark.parametrize(
+    ("happening", "error", "message"),
+    [
+        (
+            "killed",
+            WorkerDiedError,
+            r"by signal 9 \(SIGKILL, as .* memory runs out\) while it read .*-5 \(picture 5\).*; use fewer",
+        ),
+        ("exits", WorkerDiedError, r"worker process \d+ ended with exit status 3 .* while it read .*-5 \(picture 5\)"),
+        ("error", RuntimeError, r"synthetic-0-5 \(picture 5\): KeyError: 'surprise'"),
+        ("unportable", RuntimeError, r"synthetic-0-5 \(picture 5\): .*one and two"),
+        ("wrong size", ValueError, r"synthetic-0-5 \(picture 5\): .* 63 x 48 pixels, but its record says 64 x 48"),
+    ],
+)
+def test_what_goes_wrong_in_a_process(happening, error, message):
+    batches = _train_shapes(FatalShapes(happening, at=5), _reading(workers=1))
+    start = time.monotonic()
+    with pytest.raises(error, match=message):
+        _take(batches, 6)
+    assert time.monotonic() - start < 30  # a process starts in seconds, and its death shows at once
+    assert not _processes()
+    assert not _threads()
+
+
+def test_killed_process_does_not_hang_the_run():
+    batches = _train_shapes(FatalShapes("nothing"), _reading(workers=2, threads=1))
+    next(batches)
+    os.kill(_processes()[0].pid, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(WorkerDiedError, match=r"signal 9 \(SIGKILL.*; use fewer config\.data\.workers"):
+        _take(batches, 100)
+    assert time.monotonic() - start < 10
+    assert not _processes()
+
+
+def test_processes_do_not_outlive_a_killed_run():
+    code = (
+        "import os, signal, multiprocessing, sys\n"
+        "from cdetr_jax.data.workers import Workers\n"
+        "from cdetr_jax.data.synthetic import SyntheticShapes\n"
+        "if __name__ == '__main__':\n"
+        "    workers = Workers(SyntheticShapes(seed=0, size=2, height=32, width=32, max_objects=1), 1, 2, 1024)\n"
+        "    print(*(process.pid for process in multiprocessing.active_children()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    (pid,) = map(int, run.stdout.split())
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":  # ended, and nobody of this machine has asked how
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} is still there")
+
+
+def test_processes_import_no_jax():
+    with pytest.raises(RuntimeError, match="KeyError: ''"):
+        _take(_train_shapes(FatalShapes("modules"), _reading(workers=1)), 6)
+
+
+def test_source_that_cannot_travel():
+    source = FatalShapes("nothing")
+    source.convert = lambda image: image
+    with pytest.raises(ValueError, match=r"cannot be sent to worker processes .*config\.data\.workers=0"):
+        _train_shapes(source, _reading(workers=1))
+    assert not _processes()
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_2000_batches():
+    source = SyntheticShapes(seed=0, size=400, height=96, width=128, max_objects=5)
+    batches = _train(source, _reading(workers=1, threads=1), shapes=[(52, 52)], batch_size=8)
+    resident = []
+    for k, _ in zip(range(2000), batches, strict=False):
+        if k % 100 == 99:
+            pids = [os.getpid(), *(process.pid for process in _processes())]
+            resident.append([int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20 for pid in pids])
+    batches.close()
+    growth = np.max(resident[5:], axis=0) - resident[4]
+    assert (growth < 20).all(), resident  # MiB, after the first 500 batches
+
+
 # ---------------------------------------------------------------------------------------------------- settings
 
 
@@ -308,7 +448,7 @@ def test_settings_that_do_not_fit_each_other():
         _train(source, _reading(host_count=3))
     with pytest.raises(ValueError, match=r"categories of the data have no class logit.*8 \(class 8\)"):
         _train(source, label_of={1: 0})
-    with pytest.raises(ValueError, match="holds all the others"):
+    with pytest.raises(ValueError, match="fits none of the padded shapes"):
         _train(source, shapes=SHAPES[:2])
     with pytest.raises(ValueError, match=r"start is \(0, 4\), expected .* from 0 to 3"):
         _train(source, start=(0, 4))
@@ -321,7 +461,8 @@ def test_settings_that_do_not_fit_each_other():
     ("wrong", "message"),
     [
         ({"on_error": "ignore"}, r"config\.data\.on_error is 'ignore', expected 'raise' or 'skip'"),
-        ({"workers": 0}, r"config\.data\.workers is 0, expected at least 1"),
+        ({"workers": -1}, r"config\.data\.workers is -1, expected 0 or more"),
+        ({"threads": -1}, r"config\.data\.threads is -1, expected 0 or more"),
         ({"max_targets": -1}, r"config\.data\.max_targets is -1"),
         ({"max_bad_fraction": 2.0}, r"config\.data\.max_bad_fraction is 2.0, expected a number from 0 to 1"),
         ({"host_index": 2, "host_count": 2}, "host_index is 2, expected 0 to 1"),

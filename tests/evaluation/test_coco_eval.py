@@ -180,7 +180,7 @@ def test_table_is_aligned_and_shows_a_dash_where_nothing_is_to_find():
     lines = table.splitlines()
     assert lines[0].startswith("AP     0.505  average precision")
     assert lines[3].startswith("APS        -  ")
-    assert lines[-3:] == ["class     AP   boxes", "dog    0.505       2", "cat        -       0"]
+    assert lines[-3:] == ["class    id     AP   boxes", "dog       7  0.505       2", "cat       2      -       0"]
 
 
 def test_a_result_without_record_is_refused():
