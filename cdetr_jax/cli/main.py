@@ -151,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
         "benchmark",
         "time the parts of a train step and the inference on this machine, or the reading of pictures",
         "  step   (default) a train step and the inference, on made-up pictures of one size\n"
-        "  input  reading the config's training pictures: images a second and a core, the share of real pixels, and the\n"
+        "  input  reading the training pictures: images a second and a core, share of real pixels, and the\n"
         "         time of each stage; with --step against what a train step on this machine eats\n\n"
         + CONFIG_HELP
         + "\n\nexamples:\n"

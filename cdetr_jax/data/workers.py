@@ -153,8 +153,10 @@ class _Channel:
 
 
 def _ending(process: Any) -> str:
-    process.join(_END_S)
-    code = process.exitcode
+    end = time.monotonic() + _END_S
+    # Not join: where several threads ask at once, it comes back to all but one of them without an answer.
+    while (code := process.exitcode) is None and time.monotonic() < end:
+        time.sleep(0.01)
     if code is None:
         return "does not answer any more"
     if code >= 0:
