@@ -281,7 +281,7 @@ def _read_json(path: Path) -> dict:
             f"{path}: no such annotation file; set config.data.train_annotations and config.data.eval_annotations to "
             "COCO instances JSON files"
         ) from None
-    except ValueError as error:  # what json raises for a wrong character, and for bytes that are no text
+    except (ValueError, RecursionError) as error:  # a wrong character, bytes that are no text, endless brackets
         raise ValueError(f"{path}: not valid JSON ({error}); is the file complete?") from error
     if type(content) is not dict:
         raise ValueError(
