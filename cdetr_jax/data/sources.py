@@ -51,12 +51,19 @@ class Source(Protocol):
         """Returns picture `i` as uint8 [H, W, 3] RGB, of the size in its record. Raises: BadPictureError."""
         ...
 
+    # A source may also have open_image(i), which returns the same as a Pillow image of mode RGB: it saves two copies.
+
 
 # ---------------------------------------------------------------------------------------------- picture files
 
 
 def decode_rgb(image: Image.Image) -> np.ndarray:
-    """Converts a Pillow image of any integer mode to uint8 [H, W, 3] RGB.
+    """Converts a Pillow image of any integer mode to uint8 [H, W, 3] RGB; see `rgb_image`."""
+    return np.array(rgb_image(image))
+
+
+def rgb_image(image: Image.Image) -> Image.Image:
+    """Decodes a Pillow image of any integer mode and converts it to mode RGB.
 
     16 bits become the upper 8 (Pillow alone would clip them to white); alpha is dropped; CMYK and palettes are
     resolved.
@@ -67,10 +74,11 @@ def decode_rgb(image: Image.Image) -> np.ndarray:
         raise ValueError("the pixels are floating-point numbers; save the picture with 8 bits per channel")
     if image.mode == "I" or image.mode.startswith("I;16"):
         gray = np.minimum(np.asarray(image).astype(np.int64).clip(min=0) >> 8, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=-1)
+        return Image.fromarray(gray).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when such a palette goes to RGB in one step
-    return np.array(image.convert("RGB"))
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_picture(path: str | Path) -> np.ndarray:
@@ -136,7 +144,11 @@ class CocoFolder:
         return len(self.records)
 
     def load_image(self, i: int) -> np.ndarray:
-        """Returns picture `i` as uint8 [H, W, 3] RGB.
+        """Returns picture `i` as uint8 [H, W, 3] RGB; see `open_image`."""
+        return np.array(self.open_image(i))
+
+    def open_image(self, i: int) -> Image.Image:
+        """Returns picture `i` as a Pillow image of mode RGB.
 
         It comes as stored, as in the published code, if that is the annotated size; if only the picture turned by its
         EXIF tag has the annotated size, it is turned.
@@ -144,22 +156,23 @@ class CocoFolder:
         """
         record = self.records[i]
         path = self._folder / record.file_name
+        wanted = record.width, record.height
+        picture = None
         try:
             with open_checked(path) as image:
                 stored = image.size
-                if stored != (record.width, record.height):
-                    image = ImageOps.exif_transpose(image)
-                pixels = decode_rgb(image)
+                if stored in (wanted, wanted[::-1]):  # else not worth decoding, however large its header says it is
+                    picture = rgb_image(image if stored == wanted else ImageOps.exif_transpose(image))
         except PICTURE_ERRORS as error:
             advice = '; replace it, or set config.data.on_error = "skip" to do without damaged pictures'
             raise bad_picture(path, error, advice) from error
-        if pixels.shape[:2] != (record.height, record.width):
+        if picture is None or picture.size != wanted:
             raise ValueError(
                 f"{path}: the picture is {stored[0]} x {stored[1]} pixels but image {record.image_id} is annotated as "
                 f"{record.width} x {record.height} (width x height); its boxes would be wrong: correct the "
                 "annotation or the file"
             )
-        return pixels
+        return picture
 
     def _read_records(self, images: "_Table", content: dict, category_ids: set[int]) -> tuple[Record, ...]:
         image_ids = images.unique_ids()
@@ -176,7 +189,7 @@ class CocoFolder:
         labels = objects.column("category_id", "the id of a category", lambda v: _is_int(v) and v in category_ids)
         boxes = objects.column("bbox", "4 finite numbers, [left, top, width, height] in pixels", _is_box)
         crowds = objects.column("iscrowd", "0 or 1", lambda v: type(v) in (int, bool) and v in (0, 1), 0)
-        areas = objects.column("area", "a number", lambda v: type(v) in (int, float), math.nan)
+        areas = objects.column("area", "a number", _is_area, math.nan)
 
         rank = np.array([rank_of[owner] for owner in owners], np.int64)
         by_image = np.argsort(rank, kind="stable")
@@ -267,6 +280,10 @@ def _report_unusable(path: str | Path, records: list[Record], objects: list[dict
 
 def _is_int(value: Any) -> bool:
     return type(value) is int and abs(value) < 2**63
+
+
+def _is_area(value: Any) -> bool:
+    return type(value) in (int, float) and not abs(value) >= 1e15  # NaN: to be computed
 
 
 def _is_box(value: Any) -> bool:

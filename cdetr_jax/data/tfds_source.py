@@ -11,10 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from cdetr_jax.data.coco_categories import COCO_CATEGORIES
 from cdetr_jax.data.kept import Table, fingerprint_of, in_parallel, kept_table
-from cdetr_jax.data.sources import PICTURE_ERRORS, bad_picture, decode_rgb, open_checked
+from cdetr_jax.data.sources import PICTURE_ERRORS, bad_picture, open_checked, rgb_image
 from cdetr_jax.records import Category, Record
 
 _TABLE_VERSION = 1  # of the kept table; another one makes the tables anew
@@ -69,9 +70,13 @@ class TfdsSource:
 
     def load_image(self, i: int) -> np.ndarray:
         """Returns picture `i` as uint8 [H, W, 3] RGB. Raises: BadPictureError, if it is damaged."""
+        return np.array(self.open_image(i))
+
+    def open_image(self, i: int) -> Image.Image:
+        """Returns picture `i` as a Pillow image of mode RGB. Raises: as `load_image`."""
         try:
             with open_checked(io.BytesIO(self._examples[self._order[i]]["image"])) as image:
-                return decode_rgb(image)
+                return rgb_image(image)
         except (*PICTURE_ERRORS, RuntimeError) as error:  # which array_record raises for damaged records
             advice = '; set config.data.on_error = "skip" to do without damaged pictures'
             raise bad_picture(f"{self._title}: {self.records[i].file_name}", error, advice) from error
