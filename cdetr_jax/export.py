@@ -42,7 +42,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -54,6 +53,7 @@ from jaxtyping import Array, Int, UInt8
 
 from cdetr_jax.build import ClassTable
 from cdetr_jax.evaluation.postprocess import postprocess
+from cdetr_jax.files import whole_file
 from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.onnx_convert import to_onnx
 from cdetr_jax.structs import Predictions
@@ -127,7 +127,7 @@ def export_stablehlo(
     arrays = io.BytesIO()
     np.savez(arrays, **flat)
     signature = _signature(weights, exported.out_avals[0].shape[1], shape_hw, batch)
-    with _whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
         file.writestr(MODULE, exported.serialize())
         file.writestr(WEIGHTS, arrays.getbuffer())
         file.writestr(CLASSES, _class_list(weights.classes))
@@ -148,7 +148,7 @@ def export_onnx(
     model.producer_name, model.producer_version = "cdetr_jax", signature["version"]
     for key, value in (("classes", _class_list(weights.classes)), ("signature", json.dumps(signature))):
         model.metadata_props.add(key=key, value=value)
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
 
 
@@ -240,16 +240,3 @@ def _without_source_paths() -> Iterator[None]:
         yield
     finally:
         jax.config.update(option, before)
-
-
-@contextmanager
-def _whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside `path`, moved there when all is written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

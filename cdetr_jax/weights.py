@@ -86,16 +86,13 @@ def load_weights(source: str | os.PathLike, checkpoint: str = "best", dc5: bool 
       no such weights or they are damaged, of another architecture, or incomplete.
     """
     source = os.fspath(source)
-    run = _run_of(source)
-    if run is not None:
-        return _load_run(source, *run, checkpoint)
-    file, layout = _open(source)
-    if layout == BACKBONE:
+    loaded = _load(source, checkpoint, dc5)
+    if isinstance(loaded, Backbone):
         raise ValueError(
             f"{source} is a backbone alone, which finds no objects; a training run can start from it: "
             f"--config.init={source}"
         )
-    return _load_published(source, file, layout, dc5)
+    return loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +108,8 @@ def load_initial(source: str) -> Weights | Backbone:
 
     Raises: as `load_weights`.
     """
-    if _run_of(source) is not None:
-        return load_weights(source)
     try:
-        file, layout = _open(source)
+        return _load(source, checkpoint="best", dc5=False)
     except OSError as error:
         if not source.startswith(torch_files.HUB_PREFIX):
             raise
@@ -122,9 +117,6 @@ def load_initial(source: str) -> Weights | Backbone:
             f"config.init: {error}; or train from random weights: --config.init= --config.model.backbone_norm=group "
             "--config.model.frozen_stages=0"
         ) from error
-    if layout == BACKBONE:
-        return Backbone(source, file.state_dict)
-    return _load_published(source, file, layout, dc5=False)
 
 
 def start_from(
@@ -248,6 +240,16 @@ def save_run(weights: Weights, workdir: str | os.PathLike) -> None:
         checkpoints.close()
     run_files.save_classes(workdir, weights.classes)
     run_files.save_config(workdir, ml_collections.ConfigDict(config))
+
+
+def _load(source: str, checkpoint: str, dc5: bool) -> Weights | Backbone:
+    run = _run_of(source)
+    if run is not None:
+        return _load_run(source, *run, checkpoint)
+    file, layout = _open(source)
+    if layout == BACKBONE:
+        return Backbone(source, file.state_dict)
+    return _load_published(source, file, layout, dc5)
 
 
 def _open(source: str) -> tuple[torch_files.WeightsFile, Layout]:

@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(cdetr_jax.__file__).parent
 ORDER = """
 records
 structs
-boxes
+boxes files
 models/resnet models/position
 models/attention
 models/transformer

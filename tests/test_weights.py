@@ -14,13 +14,11 @@ import subprocess
 import sys
 import types
 
-import jax
 import ml_collections
 import numpy as np
 import pytest
 import safetensors
 from flax import traverse_util
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -64,24 +62,12 @@ CLASSES = (Category(30, "disc"), None, Category(7, "Fußgänger"), Category(8, "
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_block_a_stage(tmp_path_factory):
+def one_block_a_stage(kept_compilations):
     """Small backbones; and what one detector compiles, the next of the same model finds."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("resnet18", "resnet50"):
             patch.setitem(resnet.STAGE_SIZES, name, (1, 1, 1, 1))
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def number(path, shape, rng):

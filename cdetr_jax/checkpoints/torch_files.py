@@ -13,6 +13,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from cdetr_jax.files import whole_file
+
 HUB_PREFIX = "hf://"
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -112,10 +114,10 @@ def write_hub_folder(
 ) -> None:
     """Writes the hub's three files, the weights last: a folder that has them is whole."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in ((CONFIG, config), (PREPROCESSOR, preprocessor)):
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with _whole(folder / SAFETENSORS) as temporary:
+        with whole_file(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with _weights_file(folder / SAFETENSORS) as temporary:
         # transformers refuses a file that does not say what it was made for.
         safetensors.numpy.save_file(dict(state_dict), temporary, metadata={"format": "pt"})
 
@@ -126,10 +128,8 @@ def write_pickle(path: str | os.PathLike, state_dict: Mapping[str, np.ndarray], 
     Raises: ModuleNotFoundError, without PyTorch.
     """
     torch = _torch(path)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     model = {name: torch.from_numpy(np.array(array)) for name, array in state_dict.items()}
-    with _whole(path) as temporary:
+    with _weights_file(path) as temporary:
         torch.save({"model": model, **extra}, temporary)
 
 
@@ -201,18 +201,15 @@ def _torch(path: str | os.PathLike) -> Any:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the name `path` at the end; a full disk or a killed process leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
+def _weights_file(path: str | os.PathLike) -> Iterator[Path]:
+    """As `whole_file`, with one kind of error where the writers make several of an OSError."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except (safetensors.SafetensorError, RuntimeError) as error:  # what the writers make of an OSError
+        with whole_file(path) as temporary:
+            yield temporary
+    except (safetensors.SafetensorError, RuntimeError) as error:
         raise OSError(
             f"could not write {path}: {_first_line(error)}; free some space and run the command again"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _first_line(error: Exception) -> str:

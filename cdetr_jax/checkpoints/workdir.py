@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from cdetr_jax.files import whole_file
 from cdetr_jax.structs import Category
 
 CONFIG, CLASSES = "config.json", "classes.json"
@@ -57,8 +58,5 @@ def _read(workdir: str | os.PathLike, name: str) -> Any:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes all of it or nothing, also if the process is killed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

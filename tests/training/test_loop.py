@@ -18,7 +18,6 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import cdetr_jax
@@ -67,18 +66,8 @@ def make_config(**groups):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
+def compiled_once(kept_compilations):
     """Runs of one model share step functions, first parameters and compiled programs; the seed is 0 in all of them."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
     make_step_functions, init = build.make_step_functions, StepFunctions.init
     functions_of, states = {}, {}
 
@@ -102,10 +91,7 @@ def compiled_once(tmp_path_factory):
         patch.setattr(StepFunctions, "init", shared_init)
         patch.setattr(StepFunctions, "__hash__", object.__hash__)
         patch.setattr(loop, "Trainer", functools.cache(parallel.Trainer))
-        yield settings
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+        yield kept_compilations
 
 
 @pytest.fixture(scope="module")
