@@ -316,7 +316,10 @@ def make_train_batches(
     start: tuple[int, int],
     host: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Augmented batches from a position (epoch, batch) on, for a host (index, count); the first logs the buckets."""
+    """Augmented parts of batches from a position (epoch, part) on, for a host (index, count).
+
+    An optimiser step takes `config.train.accumulation_steps` of them. The first host logs the buckets.
+    """
     data = config.data
     shapes = train_shapes(config, source)
     if host[0] == 0:
@@ -330,6 +333,7 @@ def make_train_batches(
         _reading(config, data.max_targets, host),
         batch_size=config.train.batch_size,
         seed=config.seed,
+        accumulation_steps=config.train.accumulation_steps,
         last_batch=data.last_batch,
         start=start,
     )
@@ -344,6 +348,7 @@ def make_plan(config: ml_collections.ConfigDict, source: Source, shapes: Shapes,
         batch_size=config.train.batch_size,
         seed=config.seed,
         epoch=epoch,
+        accumulation_steps=config.train.accumulation_steps,
         last_batch=config.data.last_batch,
     )
 

@@ -114,7 +114,7 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
 
     config.train = train = ml_collections.ConfigDict()
     train.batch_size = 16  # pictures per optimiser step, over all devices and hosts
-    train.accumulation_steps = 1  # the batch is cut into this many parts, one after the other
+    train.accumulation_steps = 1  # the batch is cut into this many parts, one after the other, each of one shape
     train.num_epochs = int(epochs)
     train.max_steps = config_dict.placeholder(int)  # stop earlier, for a trial
     train.log_every_steps = 50

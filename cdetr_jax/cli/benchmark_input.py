@@ -16,7 +16,7 @@ from PIL import Image
 from cdetr_jax import build
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.data.pipeline import Batches, usable_cores
-from cdetr_jax.data.plan import EpochPlan
+from cdetr_jax.data.plan import EpochPlan, real_pixels, real_pixels_otherwise
 from cdetr_jax.data.sources import Source
 from cdetr_jax.data.transforms import transform_picture
 from cdetr_jax.structs import Batch
@@ -44,9 +44,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
     with contextlib.closing(build.make_train_batches(config, source, classes, (0, 0))) as batches:
         reading = batches.reading
-        print(
-            f"{arguments.config}: {len(source)} pictures of {config.data.source}, batches of {config.train.batch_size}"
-        )
+        print(f"{arguments.config}: {len(source)} pictures of {config.data.source}, batches of {plan.rows.shape[1]}")
         how = [_count(reading.workers, "process", "es")] * bool(reading.workers)
         how += [_count(reading.threads_each, "thread", "s")]
         print(f"read by {' x '.join(how)} on {_count(usable_cores(), 'core', 's')}\n")
@@ -54,7 +52,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     _print_line("plan of an epoch", plan_s, "s", f"{len(plan)} batches")
     _print_line("first batch after", first_s, "s")
     _print_line("padded shapes", len(np.unique(plan.shapes_hw, axis=0)), "", f"of {len(shapes)}, in this epoch")
-    _print_line("real pixels", 100 * _real_share(plan), "%", _other_paddings(plan))
+    _print_line("real pixels", 100 * real_pixels(plan), "%", _other_paddings(plan, config.data.long_side_max_px))
     _print_line("input", flow.pictures / flow.wall_s, "images/s", f"{flow.pictures} pictures in {flow.wall_s:.1f} s")
     per_core = flow.pictures / flow.cpu_s
     _print_line("input, per core", per_core, "images/s", f"{1000 / per_core:.1f} ms of one core for a picture")
@@ -65,7 +63,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         _print_line("  " + stage, 1000 * seconds, "ms", f"{100 * seconds / sum(stages.values()):3.0f} %")
     if arguments.step:
         step_s = _time_step(config, len(classes), flow.batch, arguments.steps)
-        eats = len(flow.batch.index) / step_s
+        eats = config.train.batch_size / step_s
         height, width = flow.batch.images.shape[1:3]
         print()
         _print_line("train step eats", eats, "images/s", f"{step_s:.3f} s a step at {height} x {width}")
@@ -109,18 +107,10 @@ def _time_flow(batches: Batches, count: int) -> tuple[float, _Flow]:
     return first_s, _Flow(batch, pictures, time.perf_counter() - start, batches.cpu_s() - cpu)
 
 
-def _real_share(plan: EpochPlan) -> float:
-    return plan.rows["size_hw"].prod(-1).sum() / (plan.shapes_hw.prod(-1).sum() * plan.rows.shape[1])
-
-
-def _other_paddings(plan: EpochPlan) -> str:
-    """What two other ways would make of the same pictures: one shape for all, and the largest of a random batch."""
-    sizes = plan.rows["size_hw"].reshape(-1, 2).astype(np.int64)
-    real = sizes.prod(-1).sum()
-    one_shape = real / (len(sizes) * sizes.max(0).prod())
-    mixed = np.random.default_rng(0).permutation(sizes).reshape(plan.rows.shape[0], -1, 2)
-    as_pytorch = real / (mixed.max(1).prod(-1).sum() * mixed.shape[1])
-    return f"one shape for all: {100 * one_shape:.0f} %; the largest of each batch: {100 * as_pytorch:.0f} %"
+def _other_paddings(plan: EpochPlan, long_side_max_px: int) -> str:
+    other = real_pixels_otherwise(plan, long_side_max_px)
+    side = f"{long_side_max_px} x {long_side_max_px}"
+    return f"all of {side}: {100 * other['square']:.0f} %; the largest of each batch: {100 * other['random']:.0f} %"
 
 
 def _time_stages(config: ml_collections.ConfigDict, source: Source, plan: EpochPlan) -> dict[str, float]:
@@ -165,8 +155,7 @@ def _time_step(config: ml_collections.ConfigDict, num_classes: int, batch: Batch
     functions = build.make_step_functions(config, num_classes, build.make_schedules(config, 1000))
     trainer = Trainer(functions)
     state = trainer.replicate(functions.init(new_rng(0), batch.images.shape[1:3]))
-    size = len(batch.index) // config.train.accumulation_steps
-    parts = [jax.tree.map(lambda x, i=i: x[i : i + size], batch) for i in range(0, len(batch.index), size)]
+    parts = [batch] * config.train.accumulation_steps
     seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()

@@ -98,6 +98,7 @@ def train_batches(
     *,
     batch_size: int,
     seed: int,
+    accumulation_steps: int = 1,
     last_batch: str = "drop",
     start: tuple[int, int] = (0, 0),
 ) -> "Batches":
@@ -108,15 +109,17 @@ def train_batches(
     Args:
       label_of: logit index of each category id that occurs.
       shapes: padded heights and widths.
-      batch_size: pictures of a global batch; a host gets batch_size / host_count of them.
+      batch_size: pictures of an optimiser step.
+      accumulation_steps: a batch is one of so many parts of a step; a host gets batch_size / accumulation_steps /
+        host_count pictures. See `train_plan`.
       last_batch: see `plan.steps_per_epoch`.
       start: (epoch, batch) of the first batch, as `Batches.position` gave it.
     Raises: ValueError, if the settings do not fit each other or the source.
     """
-    steps = steps_per_epoch(len(source), batch_size, last_batch)
+    batches = steps_per_epoch(len(source), batch_size, last_batch) * accumulation_steps
     epoch, batch = start
-    if epoch < 0 or not 0 <= batch < steps:
-        raise ValueError(f"start is {start}, expected (epoch, batch) with a batch from 0 to {steps - 1}")
+    if epoch < 0 or not 0 <= batch < batches:
+        raise ValueError(f"start is {start}, expected (epoch, batch) with a batch from 0 to {batches - 1}")
     sizes = sizes_hw(source)
     _call_for(source, lambda some: check_shapes(some, augmentation, shapes))
     counts = count_training_objects(source.records)
@@ -127,6 +130,7 @@ def train_batches(
         shapes,
         batch_size=batch_size,
         seed=seed,
+        accumulation_steps=accumulation_steps,
         last_batch=last_batch,
         object_counts=None if reading.max_targets else counts,
     )
@@ -145,7 +149,7 @@ def train_batches(
         return redraw_row(size_hw, augmentation, shape_hw, seed=seed, epoch=current, index=index)
 
     reader = _Reader(source, label_of, reading, counts, redraw)
-    return Batches(reader, jobs(), reading, batch_size, steps, shapes, start)
+    return Batches(reader, jobs(), reading, batch_size // accumulation_steps, batches, shapes, start)
 
 
 def eval_batches(

@@ -62,7 +62,7 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class EpochPlan:
-    """One pass over the data in global batches of one padded shape each.
+    """One pass over the data in global batches of one padded shape each; in training, parts of a step's batch.
 
     Attributes:
       rows: [batches, B] of ROW.
@@ -145,7 +145,7 @@ def search_eval_shapes(sizes_hw: np.ndarray, short_side_px: int, long_side_max_p
 
 
 def steps_per_epoch(num_pictures: int, batch_size: int, last_batch: str) -> int:
-    """Number of global training batches of an epoch.
+    """Number of optimiser steps of an epoch.
 
     Args:
       last_batch: what becomes of the pictures that do not fill one. `drop`: they are left out (as published), chosen
@@ -182,21 +182,27 @@ def train_plan(
     batch_size: int,
     seed: int,
     epoch: int,
+    accumulation_steps: int = 1,
     last_batch: str = "drop",
     object_counts: np.ndarray | None = None,
 ) -> EpochPlan:
-    """Draws one epoch of training: `steps_per_epoch` global batches, each picture once but for what `last_batch` does.
+    """Draws one epoch of training: `steps_per_epoch` batches, each picture once but for what `last_batch` does.
 
-    A batch has the smallest shape that holds its pictures, but for what does not come out even; see `deal`. Pictures
+    What the plan calls a batch is one of the `accumulation_steps` equal parts of an optimiser step's, and the parts of
+    a step come one after the other: they are dealt out on their own, so that a large batch wastes no more than a part
+    of it would.
+    A part has the smallest shape that holds its pictures, but for what does not come out even; see `deal`. Pictures
     of several shapes that are left over at the end go into the smallest that holds them together; where none does (it
     took a source of no more than a few batches), into one of the largest height and width of all.
     Args:
       sizes_hw: [n, 2] height and width of every picture of the source.
       shapes: padded heights and widths.
+      batch_size: pictures of an optimiser step, a multiple of accumulation_steps.
       last_batch: see `steps_per_epoch`.
       object_counts: [n], for max_targets.
     Raises: ValueError, if a resized picture fits none of the shapes, or there would be no batch.
     """
+    part_size = batch_size // accumulation_steps
     sizes = np.asarray(sizes_hw, np.int64).reshape(-1, 2)
     ordered = by_area(shapes)
     steps = steps_per_epoch(len(sizes), batch_size, last_batch)
@@ -204,21 +210,21 @@ def train_plan(
     drawn = _draw_rows(sizes, augmentation, rng)
     shuffled = rng.permutation(len(sizes))
     rows = drawn[shuffled[: steps * batch_size]]
-    order = rng.permutation(steps)
+    order = rng.permutation(steps * accumulation_steps)
     if len(rows) < steps * batch_size:
         again = np.resize(shuffled, steps * batch_size - len(rows))
         extra = _draw_rows(sizes[again], augmentation, rng)
         extra["index"] = again
         rows = np.concatenate([rows, extra])
 
-    dealt = deal(rows["size_hw"], ordered, first_that_holds(rows["size_hw"], ordered, sizes[rows["index"]]), batch_size)
-    mixed = dealt.left.reshape(-1, batch_size)
+    dealt = deal(rows["size_hw"], ordered, first_that_holds(rows["size_hw"], ordered, sizes[rows["index"]]), part_size)
+    mixed = dealt.left.reshape(-1, part_size)
     mixed_shapes = smallest_shape(rows["size_hw"][mixed].max(1), [*ordered, ordered.max(0)])
     members = np.concatenate([dealt.members, mixed])[order]
     shapes_hw = np.concatenate([ordered[dealt.shape], mixed_shapes])[order]
     max_targets = None
     if object_counts is not None:
-        choices = np.array(target_sizes(object_counts, batch_size))
+        choices = np.array(target_sizes(object_counts, part_size))
         fullest = np.asarray(object_counts)[rows["index"]][members].max(-1)
         max_targets = choices[np.searchsorted(choices, fullest)]
     return EpochPlan(rows[members], shapes_hw, max_targets)

@@ -1,5 +1,6 @@
 """Batches on their way to the devices while the step before them runs."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
@@ -13,27 +14,28 @@ class _Batches(Protocol):
     def close(self) -> None: ...
 
 
-class Feed(Iterator[Fed]):
-    """What `put` makes of each batch, one batch ahead of its use: with the one in use, a double buffer.
+class Feed(Iterator[list[Fed]]):
+    """What `put` makes of the batches that a step takes, one step ahead of their use: a double buffer.
 
-    A thread waits for the batch and starts its transfer. What goes wrong there, and the end, shows when that batch's
+    A thread waits for the batches and starts their transfer. What goes wrong there, and the end, shows when their
     turn comes, not before. Close it when done before the end.
     """
 
-    def __init__(self, batches: _Batches, put: Callable[[Any], Fed]):
-        """`batches` are the feed's from now on: it closes them."""
+    def __init__(self, batches: _Batches, put: Callable[[Any], Fed], together: int = 1):
+        """`batches` are the feed's from now on: it closes them. `together`: of them, for a step."""
         self._batches = batches
         self._iterator = iter(batches)
         self._put = put
+        self._together = together
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._coming: Future | None = self._thread.submit(self._next)
 
-    def __next__(self) -> Fed:
+    def __next__(self) -> list[Fed]:
         if self._coming is None:
             raise StopIteration
         coming, self._coming = self._coming, None
         fed = coming.result()
-        if fed is None:
+        if not fed:
             self.close()
             raise StopIteration
         self._coming = self._thread.submit(self._next)
@@ -45,7 +47,5 @@ class Feed(Iterator[Fed]):
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._batches.close()
 
-    def _next(self) -> Fed | None:
-        for batch in self._iterator:
-            return self._put(batch)
-        return None  # a future cannot hold StopIteration
+    def _next(self) -> list[Fed]:
+        return [self._put(batch) for batch in itertools.islice(self._iterator, self._together)]

@@ -19,7 +19,6 @@ from cdetr_jax.data.sources import Source
 from cdetr_jax.evaluation.coco_eval import CocoMetrics, coco_average_precision
 from cdetr_jax.losses.criterion import Losses
 from cdetr_jax.matching.assign import NonFiniteCostError
-from cdetr_jax.structs import Batch
 from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
 from cdetr_jax.training.parallel import Trainer, first
@@ -80,7 +79,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     trainer = Trainer(functions)
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
     state, start_step = _initial_state(config, functions, checkpoints, steps_per_epoch, classes)
-    batches = build.make_train_batches(config, source, classes, divmod(start_step, steps_per_epoch), host)
+    parts_per_step = config.train.accumulation_steps
+    epoch, step_of_epoch = divmod(start_step, steps_per_epoch)
+    batches = build.make_train_batches(config, source, classes, (epoch, step_of_epoch * parts_per_step), host)
 
     total_steps = config.train.num_epochs * steps_per_epoch
     if config.train.max_steps is not None:
@@ -104,22 +105,20 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
         len(source), steps_per_epoch, total_steps, len(trainer.devices), host[1],
     )  # fmt: skip
 
-    def put(batch: Batch) -> tuple[Batch, list[Batch]]:
-        return batch, [trainer.put(part) for part in _split(batch, config.train.accumulation_steps)]
-
     state = trainer.replicate(state)
-    feed = Feed(batches, put)
+    feed = Feed(batches, trainer.put, parts_per_step)
     timer = IntervalTimer()
     recent: list[tuple[int, Losses, jax.Array]] = []
     summary = None
     try:
         for step in range(start_step + 1, total_steps + 1):
             with timer.part("data"):
-                batch, parts = next(feed)
+                parts = next(feed)
             try:
                 state, losses, grad_norm = trainer.step(state, parts)
             except NonFiniteCostError as error:
-                picture = source.records[int(batch.index[error.image])].file_name
+                index = np.concatenate([part.index.reshape(-1) for part in parts])
+                picture = source.records[int(index[error.image])].file_name
                 raise NonFiniteLossError(
                     f"step {step}: {error}, picture {picture}: the network's output is NaN or infinite; "
                     "use a lower config.optimizer.lr, or look at the pictures of this batch"
@@ -279,12 +278,6 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _split(batch: Batch, count: int) -> list[Batch]:
-    """The batch's rows in `count` equal parts."""
-    size = len(batch.index) // count
-    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(count)]
-
-
 def _check_finite(step: int, losses: Losses, grad_norm: jax.Array) -> None:
     """Raises NonFiniteLossError that names the first term that is NaN or infinite."""
     terms = {"class": losses.class_loss, "L1": losses.l1_loss, "GIoU": losses.giou_loss, "total": losses.total}
@@ -343,7 +336,7 @@ def _evaluate(
     feed = Feed(build.make_eval_batches(config, source, host), lambda batch: (batch.index, trainer.put(batch)))
     results = []
     try:
-        for index, batch in feed:
+        for [(index, batch)] in feed:
             detections = trainer.detect(variables, batch)
             if host[1] > 1:
                 detections, index = multihost_utils.process_allgather((detections, index), tiled=True)

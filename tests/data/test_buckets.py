@@ -167,20 +167,24 @@ def test_less_elongated_windows_are_checked_too():
 
 
 @pytest.mark.parametrize(("count", "expected"), [(12, 0.83), (24, 0.88)])
-@pytest.mark.parametrize("batch_size", [1, 2, 8, 16, 64, 256])
-def test_little_is_padded_at_any_batch_size(coco_sizes, coco_shapes, count, expected, batch_size):
+@pytest.mark.parametrize(
+    ("batch_size", "parts"), [(1, 1), (2, 1), (8, 1), (16, 1), (64, 1), (256, 1), (1024, 4), (4096, 8), (16_384, 32)]
+)
+def test_little_is_padded_at_any_batch_size(coco_sizes, coco_shapes, count, expected, batch_size, parts):
     """An epoch of COCO's size, everything counted: batches made up of several shapes, too."""
     started = time.process_time()
-    plan = train_plan(coco_sizes, PUBLISHED, coco_shapes[count], batch_size=batch_size, seed=0, epoch=0)
+    plan = train_plan(
+        coco_sizes, PUBLISHED, coco_shapes[count], batch_size=batch_size, accumulation_steps=parts, seed=0, epoch=0
+    )
     assert time.process_time() - started < 3
     steps = 118_287 // batch_size
-    assert plan.rows.shape == (steps, batch_size)
+    assert plan.rows.shape == (steps * parts, batch_size // parts)
     assert len(np.unique(plan.rows["index"])) == steps * batch_size
     assert (plan.rows["size_hw"] <= plan.shapes_hw[:, None]).all()
     assert len({tuple(shape) for shape in plan.shapes_hw.tolist()}) <= count
     assert not (plan.shapes_hw % 32).any()
     real = sum(h * w for h, w in plan.rows["size_hw"].reshape(-1, 2).tolist())
-    computed = sum(h * w * batch_size for h, w in plan.shapes_hw.tolist())
+    computed = sum(h * w * (batch_size // parts) for h, w in plan.shapes_hw.tolist())
     assert real / computed >= expected
     assert real_pixels(plan) == pytest.approx(real / computed, rel=1e-12)
 

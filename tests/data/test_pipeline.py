@@ -66,9 +66,9 @@ def _reading(threads=2, max_targets=0, on_error="raise", max_bad_fraction=0.0, w
     return Reading(workers, threads, max_targets, on_error, max_bad_fraction, **hosts)
 
 
-def _train(source, reading=None, *, batch_size=4, start=(0, 0), shapes=SHAPES, label_of=LABEL_OF):
-    reading = reading or _reading()
-    return train_batches(source, label_of, AUGMENTATION, shapes, reading, batch_size=batch_size, seed=9, start=start)
+def _train(source, reading=None, *, batch_size=4, start=(0, 0), shapes=SHAPES, label_of=LABEL_OF, **settings):
+    reading, settings = reading or _reading(), {"batch_size": batch_size, "seed": 9, "start": start} | settings
+    return train_batches(source, label_of, AUGMENTATION, shapes, reading, **settings)
 
 
 def _eval(source, reading=None, batch_size=4):
@@ -142,6 +142,20 @@ def test_resumes_at_every_position():
         resumed = _train(source, start=position)
         assert resumed.position == position
         assert [_bytes(batch) for batch in _take(resumed, 2)] == expected[k : k + 2]
+
+
+def test_the_parts_of_a_step_come_one_after_the_other():
+    source = Pictures()
+    settings = {"batch_size": 6, "accumulation_steps": 3}
+    batches = _train(source, **settings)
+    steps = len(source) // 6
+    assert batches.batches_per_epoch == 3 * steps
+    taken = _take(batches, 3 * steps + 2)
+    assert {len(batch.index) for batch in taken} == {2}
+    assert batches.position == (1, 2)
+    assert len({int(i) for batch in taken[:-2] for i in batch.index}) == 6 * steps
+    resumed = _take(_train(source, start=(0, 3), **settings), 3 * steps - 1)
+    assert list(map(_bytes, resumed)) == list(map(_bytes, taken[3:]))
 
 
 def test_hosts_parts_make_the_global_batch():

@@ -8,6 +8,7 @@ from cdetr_jax.data.plan import (
     Augmentation,
     check_shapes,
     eval_plan,
+    real_pixels,
     redraw_row,
     resized_hw,
     smallest_shape,
@@ -205,6 +206,21 @@ def test_filled_epochs_hold_every_picture():
         for choice in ("drop", "fill")
     ]
     assert even[0].rows.tobytes() == even[1].rows.tobytes()
+
+
+def test_the_parts_of_a_step_have_shapes_of_their_own():
+    sizes, counts = np.tile(SIZES, (43, 1)), np.tile(np.arange(7), 43)  # 301
+    settings = {"seed": 3, "epoch": 2, "object_counts": counts}
+    plan = train_plan(sizes, PUBLISHED, SHAPES, batch_size=48, accumulation_steps=6, **settings)
+    smaller = train_plan(sizes, PUBLISHED, SHAPES, batch_size=8, **settings)
+    assert plan.rows.shape == (36, 8)  # 6 steps; 13 pictures are left, although 8 of them would fill a part
+    assert len(np.unique(plan.rows["index"])) == 288
+    assert (plan.rows["size_hw"] <= plan.shapes_hw[:, None]).all()
+    shapes_of_step = [len(np.unique(shapes, axis=0)) for shapes in plan.shapes_hw.reshape(6, 6, 2)]
+    assert min(shapes_of_step) > 1
+    # Each part is what a batch of its size would be.
+    assert real_pixels(plan) == pytest.approx(real_pixels(smaller), abs=0.02)
+    assert set(plan.max_targets) <= set(target_sizes(counts, 8))
 
 
 def test_a_batch_larger_than_the_source_can_be_filled():

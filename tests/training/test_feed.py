@@ -32,17 +32,27 @@ def _threads():
 
 def test_everything_comes_in_order_and_then_the_end():
     numbers = Numbers(5)
-    feed = Feed(numbers, lambda number: (number, number * number))
-    assert list(feed) == [(0, 0), (1, 1), (2, 4), (3, 9), (4, 16)]
+    feed = Feed(numbers, lambda number: number * number)
+    assert list(feed) == [[0], [1], [4], [9], [16]]
     assert list(feed) == []
     assert numbers.closed
     assert not _threads()
     assert list(Feed(Numbers(0), str)) == []
 
 
+def test_a_step_takes_several():
+    assert list(Feed(Numbers(6), str, 3)) == [["0", "1", "2"], ["3", "4", "5"]]
+    numbers, put = Numbers(9), []
+    feed = Feed(numbers, lambda number: put.append(number) or number, 3)
+    assert next(feed) == [0, 1, 2]
+    feed.close()
+    assert put in ([0, 1, 2], [0, 1, 2, 3, 4, 5])
+    assert numbers.closed == 1
+
+
 def test_one_batch_is_on_its_way_while_another_is_in_use():
     numbers, put = Numbers(9), []
-    feed = Feed(numbers, lambda number: put.append(number) or [number])
+    feed = Feed(numbers, lambda number: put.append(number) or number)
     for k in range(3):
         assert next(feed) == [k]
         end = time.monotonic() + 10
@@ -56,7 +66,7 @@ def test_one_batch_is_on_its_way_while_another_is_in_use():
 
 
 def test_an_error_shows_when_its_turn_comes():
-    feed = Feed(Numbers(2, KeyError("third")), lambda number: [number])
+    feed = Feed(Numbers(2, KeyError("third")), lambda number: number)
     assert [next(feed), next(feed)] == [[0], [1]]
     with pytest.raises(KeyError, match="third"):
         next(feed)
