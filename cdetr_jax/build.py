@@ -9,7 +9,7 @@ import ml_collections
 from absl import logging
 
 from cdetr_jax.data.joined import JoinedSource
-from cdetr_jax.data.pipeline import Batches, Reading, eval_batches, sizes_hw, train_batches
+from cdetr_jax.data.pipeline import Batches, eval_batches, sizes_hw, train_batches
 from cdetr_jax.data.plan import (
     LAST_BATCH,
     Augmentation,
@@ -21,6 +21,7 @@ from cdetr_jax.data.plan import (
     steps_per_epoch,
     train_plan,
 )
+from cdetr_jax.data.reader import Reading
 from cdetr_jax.data.sources import CocoFolder, Source
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.tfds_source import TfdsSource

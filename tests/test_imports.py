@@ -31,6 +31,7 @@ data/buckets
 data/plan
 data/transforms
 data/workers
+data/reader
 data/pipeline
 evaluation/postprocess
 evaluation/coco_eval

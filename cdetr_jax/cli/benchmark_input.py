@@ -7,6 +7,7 @@ import itertools
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -15,15 +16,18 @@ from PIL import Image
 
 from cdetr_jax import build
 from cdetr_jax.cli.settings import read_config
-from cdetr_jax.data.pipeline import Batches, usable_cores
+from cdetr_jax.data.pipeline import Batches
 from cdetr_jax.data.plan import EpochPlan, real_pixels, real_pixels_otherwise
-from cdetr_jax.data.sources import Source
+from cdetr_jax.data.reader import usable_cores
+from cdetr_jax.data.sources import CocoFolder, Source
 from cdetr_jax.data.transforms import transform_picture
+from cdetr_jax.models.detector import MEAN_RGB, STD_RGB
 from cdetr_jax.structs import Batch
 from cdetr_jax.training.parallel import Trainer
 from cdetr_jax.training.step import new_rng
 
 _SAMPLE = 64  # pictures whose stages are timed
+_TURNS = 5  # of each way, with --plain
 
 
 def run(arguments: argparse.Namespace, fields: list[str]) -> None:
@@ -49,6 +53,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         how += [_count(reading.threads_each, "thread", "s")]
         print(f"read by {' x '.join(how)} on {_count(usable_cores(), 'core', 's')}\n")
         first_s, flow = _time_flow(batches, arguments.batches)
+        plain = _time_plain(batches, source, plan, arguments.batches) if arguments.plain else {}
     _print_line("plan of an epoch", plan_s, "s", f"{len(plan)} batches")
     _print_line("first batch after", first_s, "s")
     _print_line("padded shapes", len(np.unique(plan.shapes_hw, axis=0)), "", f"of {len(shapes)}, in this epoch")
@@ -61,6 +66,11 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     stages = _time_stages(config, source, plan) | _time_transfer(flow.batch)
     for stage, seconds in stages.items():
         _print_line("  " + stage, 1000 * seconds, "ms", f"{100 * seconds / sum(stages.values()):3.0f} %")
+    if plain:
+        print(f"\na straightforward loader of one process and thread, same work; medians of {_TURNS} turns")
+    for name, figures in plain.items():
+        note = f"the input is {figures.times:.2f} times as fast, {figures.times_per_core:.2f} times per core"
+        _print_line("  " + name, figures.speed, "images/s", note)
     if arguments.step:
         step_s = _time_step(config, len(classes), flow.batch, arguments.steps)
         eats = config.train.batch_size / step_s
@@ -111,6 +121,47 @@ def _other_paddings(plan: EpochPlan, long_side_max_px: int) -> str:
     other = real_pixels_otherwise(plan, long_side_max_px)
     side = f"{long_side_max_px} x {long_side_max_px}"
     return f"all of {side}: {100 * other['square']:.0f} %; the largest of each batch: {100 * other['random']:.0f} %"
+
+
+class _Plain(NamedTuple):
+    """Images a second of a plain loader, and how many times as many ours reads, a second and a second of one core."""
+
+    speed: float
+    times: float
+    times_per_core: float
+
+
+def _time_plain(batches: Batches, source: Source, plan: EpochPlan, count: int) -> dict[str, _Plain]:
+    """Ours and two plain loaders in turns, so that all meet the same machine."""
+    normalised = {"uint8, as our batches are": False, "float32, normalised": True}
+    order = itertools.cycle(range(len(plan)))
+    speeds: dict[str, list[tuple[float, float]]] = {"ours": [], **{name: [] for name in normalised}}
+    for _ in range(_TURNS):
+        flow = _time_flow(batches, -(-count // _TURNS))[1]
+        speeds["ours"].append((flow.pictures / flow.wall_s, flow.pictures / flow.cpu_s))
+        for name, normalise in normalised.items():
+            start, cpu, pictures = time.perf_counter(), time.process_time(), 0
+            for batch in itertools.islice(order, -(-count // _TURNS)):
+                _load_plainly(source, plan.rows[batch], plan.shapes_hw[batch], normalise)
+                pictures += plan.rows.shape[1]
+            speeds[name].append((pictures / (time.perf_counter() - start), pictures / (time.process_time() - cpu)))
+    speed, per_core = np.median(speeds.pop("ours"), axis=0)
+    medians = {name: np.median(turns, axis=0) for name, turns in speeds.items()}
+    return {name: _Plain(wall, speed / wall, per_core / cpu) for name, (wall, cpu) in medians.items()}
+
+
+def _load_plainly(source: Source, rows: np.ndarray, shape_hw: np.ndarray, normalise: bool) -> np.ndarray:
+    """A batch as anyone would read it: one picture after the other; with `normalise` made ready for a network."""
+    images = np.zeros((len(rows), *shape_hw, 3), np.float32 if normalise else np.uint8)
+    for image, row in zip(images, rows, strict=True):
+        index = int(row["index"])
+        picture = source.open_image(index) if isinstance(source, CocoFolder) else source.load_image(index)
+        picture = transform_picture(picture if isinstance(picture, Image.Image) else Image.fromarray(picture), row)
+        pixels = np.array(picture)
+        if normalise:
+            pixels = (pixels.astype(np.float32) / 255 - np.float32(MEAN_RGB)) / np.float32(STD_RGB)
+        image[: picture.height, : picture.width] = pixels
+    return images
 
 
 def _time_stages(config: ml_collections.ConfigDict, source: Source, plan: EpochPlan) -> dict[str, float]:

@@ -152,9 +152,8 @@ def parser() -> argparse.ArgumentParser:
         "time the parts of a train step and the inference on this machine, or the reading of pictures",
         "  step   (default) a train step and the inference, on made-up pictures of one size\n"
         "  input  reading the training pictures: images a second and a core, share of real pixels, and the\n"
-        "         time of each stage; with --step against what a train step on this machine eats\n\n"
-        + CONFIG_HELP
-        + "\n\nexamples:\n"
+        "         time of each stage; with --step against what a train step on this machine eats, with --plain\n"
+        "         against a straightforward loader, in turns\n\n" + CONFIG_HELP + "\n\nexamples:\n"
         "  cdetr benchmark --config=configs/conditional_detr_r50.py --batch=2 --size=480x640\n"
         "  cdetr benchmark input --config=configs/conditional_detr_r50.py --config.data.workers=4",
     )
@@ -166,6 +165,9 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default: 10)")
     benchmark.add_argument("--batches", type=int, default=40, metavar="N", help="input: timed batches (default: 40)")
     benchmark.add_argument("--step", action="store_true", help="input: also time train steps on the last batch")
+    benchmark.add_argument(
+        "--plain", action="store_true", help="input: also time a straightforward loader of one process and thread"
+    )
     return main
 
 

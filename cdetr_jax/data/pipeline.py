@@ -6,12 +6,10 @@ same bytes.
 """
 
 import collections
-import dataclasses
 import functools
 import itertools
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -31,62 +29,11 @@ from cdetr_jax.data.plan import (
     steps_per_epoch,
     train_plan,
 )
+from cdetr_jax.data.reader import Job, Reader, Reading, empty_batch
 from cdetr_jax.data.sources import BadPictureError, Source
-from cdetr_jax.data.transforms import count_training_objects, transform_boxes
-from cdetr_jax.data.workers import WorkerDiedError, Workers, write_picture
-from cdetr_jax.structs import Batch, Record, Targets
-
-Redraw = Callable[[int, int, Sequence[int]], np.ndarray]  # epoch, index, padded shape -> ROW
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How pictures are read, for training and evaluation alike.
-
-    Attributes:
-      workers: processes that read; 0: this one does.
-      threads: of each process that reads; 0: as many as make one for each core, all processes together.
-      max_targets: T, objects a picture can hold; 0: as many as the batch needs, see `plan.target_sizes`.
-      on_error: "raise" stops at a damaged picture; "skip" does without it.
-      max_bad_fraction: with "skip", more damaged pictures than this stop after all.
-      host_index, host_count: this host loads its contiguous part of every global batch.
-    """
-
-    workers: int
-    threads: int
-    max_targets: int
-    on_error: str
-    max_bad_fraction: float
-    host_index: int = 0
-    host_count: int = 1
-
-    def __post_init__(self):
-        if self.on_error not in ("raise", "skip"):
-            raise ValueError(f"config.data.on_error is {self.on_error!r}, expected 'raise' or 'skip'")
-        for name in ("workers", "threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"config.data.{name} is {getattr(self, name)}, expected 0 or more")
-        if self.max_targets < 0:
-            raise ValueError(f"config.data.max_targets is {self.max_targets}, expected 0 or the number of objects")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"config.data.max_bad_fraction is {self.max_bad_fraction}, expected a number from 0 to 1")
-        if not 0 <= self.host_index < self.host_count:
-            raise ValueError(f"host_index is {self.host_index}, expected 0 to {self.host_count - 1}")
-
-    @property
-    def threads_each(self) -> int:
-        """Threads of each process that reads, at least 1."""
-        return self.threads or max(1, usable_cores() // max(1, self.workers))
-
-    @property
-    def at_once(self) -> int:
-        """Number of pictures that are read at the same time."""
-        return max(1, self.workers) * self.threads_each
-
-
-def usable_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from cdetr_jax.data.transforms import count_training_objects
+from cdetr_jax.data.workers import Workers
+from cdetr_jax.structs import Batch
 
 
 def train_batches(
@@ -135,7 +82,7 @@ def train_batches(
         object_counts=None if reading.max_targets else counts,
     )
 
-    def jobs() -> Iterator[_Job]:
+    def jobs() -> Iterator[Job]:
         first_batch = batch
         with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
             coming = planner.submit(plan, epoch=epoch)
@@ -148,7 +95,7 @@ def train_batches(
         size_hw = tuple(sizes[index])
         return redraw_row(size_hw, augmentation, shape_hw, seed=seed, epoch=current, index=index)
 
-    reader = _Reader(source, label_of, reading, counts, redraw)
+    reader = Reader(source, label_of, reading, counts, redraw)
     return Batches(reader, jobs(), reading, batch_size // accumulation_steps, batches, shapes, start)
 
 
@@ -172,7 +119,7 @@ def eval_batches(
     plan = _call_for(
         source, lambda some: eval_plan(some, short_side_px, long_side_max_px, shapes, batch_size=batch_size)
     )
-    reader = _Reader(source, label_of, reading, count_training_objects(source.records), None)
+    reader = Reader(source, label_of, reading, count_training_objects(source.records), None)
     return Batches(reader, _jobs(plan, 0, 0, reading), reading, batch_size, len(plan), shapes, (0, 0))
 
 
@@ -189,8 +136,8 @@ class Batches:
 
     def __init__(
         self,
-        reader: "_Reader",
-        jobs: Iterator["_Job"],
+        reader: Reader,
+        jobs: Iterator[Job],
         reading: Reading,
         batch_size: int,
         batches_per_epoch: int,
@@ -261,8 +208,8 @@ class Batches:
         if self._workers:
             self._workers.close()
 
-    def _submit(self, job: "_Job") -> None:
-        batch = _empty_batch(len(job.rows), job.shape_hw, job.max_targets or self.max_targets)
+    def _submit(self, job: Job) -> None:
+        batch = empty_batch(len(job.rows), job.shape_hw, job.max_targets or self.max_targets)
         rows = [self._threads.submit(self._reader.fill, batch, slot, job) for slot in range(len(job.rows))]
         self._pending.append((batch, rows))
 
@@ -280,113 +227,11 @@ class Batches:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One host batch to be made: its epoch, padded shape, T (0: the largest) and rows."""
-
-    epoch: int
-    shape_hw: tuple[int, int]
-    max_targets: int
-    rows: np.ndarray
-
-
-def _jobs(plan: EpochPlan, epoch: int, first_batch: int, reading: Reading) -> Iterator[_Job]:
+def _jobs(plan: EpochPlan, epoch: int, first_batch: int, reading: Reading) -> Iterator[Job]:
     for batch in range(first_batch, len(plan)):
         rows = plan.rows_for(batch, reading.host_index, reading.host_count)
         max_targets = 0 if plan.max_targets is None else int(plan.max_targets[batch])
-        yield _Job(epoch, tuple(plan.shapes_hw[batch].tolist()), max_targets, rows)
-
-
-class _Reader:
-    """Makes one row of a batch; called from many threads, changes nothing but that row.
-
-    Attributes:
-      write_picture: takes a ROW and the pixels to write to.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        label_of: Mapping[int, int],
-        reading: Reading,
-        object_counts: np.ndarray,
-        redraw: Redraw | None,
-    ):
-        """`redraw` gives a replacement's ROW; None: a damaged picture's row stays empty."""
-        _check_categories(source, label_of)
-        self.source = source
-        self.max_targets = _max_targets(source.records, object_counts, reading.max_targets)
-        self.max_bad = reading.max_bad_fraction * len(source)
-        self.write_picture = functools.partial(write_picture, source)
-        self._label_of = label_of
-        self._object_counts = object_counts
-        self._skip = reading.on_error == "skip"
-        self._redraw = redraw
-
-    def fill(self, batch: Batch, slot: int, job: _Job) -> dict[str, str]:
-        """Writes one row of a job into its batch. Returns: why each damaged picture that it met was skipped, by name.
-
-        Raises: as `Batches.__next__`.
-        """
-        row = job.rows[slot]
-        bad: dict[str, str] = {}
-        if row["index"] < 0:
-            return bad
-        room = batch.targets.valid.shape[1]
-        tried = set()
-        while True:
-            index = int(row["index"])
-            tried.add(index)
-            record = self.source.records[index]
-            try:
-                self._write(batch, slot, record, row)
-                return bad
-            except BadPictureError as error:
-                if not self._skip:
-                    raise
-                bad[record.file_name] = str(error)
-            except WorkerDiedError:
-                raise
-            except ValueError as error:
-                raise ValueError(f"{record.file_name} (picture {index}): {error}") from error
-            except Exception as error:
-                raise RuntimeError(f"{record.file_name} (picture {index}): {type(error).__name__}: {error}") from error
-            if self._redraw is None or len(bad) > self.max_bad:
-                return bad  # the row stays empty; where too many are damaged, the consumer raises
-            others = itertools.chain(range(index + 1, len(self.source)), range(index))
-            follower = next((i for i in others if i not in tried and self._object_counts[i] <= room), None)
-            if follower is None:
-                raise BadPictureError(
-                    f"none of the {len(bad)} pictures can be read, the last because of {bad.popitem()[1]}"
-                )
-            row = self._redraw(job.epoch, follower, job.shape_hw)
-
-    def _write(self, batch: Batch, slot: int, record: Record, row: np.ndarray) -> None:
-        self.write_picture(row, batch.images[slot])
-        boxes, category_ids = transform_boxes(record, row)
-        batch.sizes_hw[slot] = row["size_hw"]
-        batch.original_sizes_hw[slot] = record.height, record.width
-        count = len(boxes)
-        batch.targets.labels[slot, :count] = [self._label_of[c] for c in category_ids.tolist()]
-        batch.targets.boxes_cxcywh[slot, :count] = boxes
-        batch.targets.valid[slot, :count] = True
-        batch.index[slot] = row["index"]
-
-
-def _empty_batch(rows: int, shape_hw: tuple[int, int], max_targets: int) -> Batch:
-    """A host batch in which every row is padding, to be written into."""
-    sizes_hw = np.tile(np.array(shape_hw, np.int32), (rows, 1))
-    return Batch(
-        images=np.zeros((rows, *shape_hw, 3), np.uint8),
-        sizes_hw=sizes_hw,
-        original_sizes_hw=sizes_hw.copy(),
-        index=np.full(rows, -1, np.int32),
-        targets=Targets(
-            labels=np.zeros((rows, max_targets), np.int32),
-            boxes_cxcywh=np.zeros((rows, max_targets, 4), np.float32),
-            valid=np.zeros((rows, max_targets), bool),
-        ),
-    )
+        yield Job(epoch, tuple(plan.shapes_hw[batch].tolist()), max_targets, rows)
 
 
 def sizes_hw(source: Source) -> np.ndarray:
@@ -414,27 +259,3 @@ def _call_for(source: Source, function: Callable[[np.ndarray], Any]) -> Any:
             except ValueError as error:
                 raise ValueError(f"{source.records[i].file_name}: {error}") from None
         raise
-
-
-def _check_categories(source: Source, label_of: Mapping[int, int]) -> None:
-    occurring = np.unique(np.concatenate([record.category_ids for record in source.records])).tolist()
-    unknown = [c for c in occurring if c not in label_of]
-    if unknown:
-        names = {category.id: category.name for category in source.categories}
-        listed = ", ".join(f"{c} ({names[c]})" for c in unknown[:5])
-        raise ValueError(
-            f"{len(unknown)} categories of the data have no class logit, among them {listed}; was the model made for "
-            "other classes? See config.data.class_ids and config.model.num_classes"
-        )
-
-
-def _max_targets(records: Sequence[Record], counts: np.ndarray, wanted: int) -> int:
-    fullest = int(counts.argmax())
-    if wanted == 0:
-        return max(4, -(-int(counts[fullest]) // 4) * 4)
-    if counts[fullest] > wanted:
-        raise ValueError(
-            f"{records[fullest].file_name} has {counts[fullest]} objects but config.data.max_targets is {wanted}; set "
-            f"it to at least {counts[fullest]}, or to 0 to let the data decide"
-        )
-    return wanted

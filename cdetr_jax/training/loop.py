@@ -223,11 +223,11 @@ def _initial_state(
     step = checkpoints.latest_step()
     if step is None:
         initial = load_initial(config.init) if config.init else None
+        if isinstance(initial, Weights):
+            check_form(initial, config.model.to_dict())
         state = functions.init(new_rng(config.seed), INIT_SHAPE)
         if initial is not None:
             state = _start_from(initial, state, classes, checkpoints.directory.parent)
-        if isinstance(initial, Weights):
-            check_form(initial, config.model.to_dict())
         return state, 0
     state, position = checkpoints.restore(step, _template(config, functions))
     if position["steps_per_epoch"] != steps_per_epoch:

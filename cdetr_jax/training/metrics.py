@@ -15,6 +15,7 @@ from typing import Literal
 from absl import logging
 from tqdm import tqdm
 
+from cdetr_jax.files import whole_file
 from cdetr_jax.visualization.curve import read_metrics
 
 RATE_WINDOW_STEPS = 200  # the time left comes from the mean pace of so many steps
@@ -48,9 +49,8 @@ class MetricsFile:
             self._replace([row for row in read_metrics(self.path) if row["step"] <= step])
 
     def _replace(self, rows: list[dict]) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with whole_file(self.path) as temporary:
+            temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
 
 
 class MetricsWriter:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdetr_jax.data.pipeline import Reading, train_batches
+from cdetr_jax.data.pipeline import train_batches
 from cdetr_jax.data.plan import Augmentation
+from cdetr_jax.data.reader import Reading
 from cdetr_jax.data.sources import BadPictureError, CocoFolder
 
 # Pillow's word about a damaged EXIF part, which is no reason not to read the picture.

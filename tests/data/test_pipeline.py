@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from fatal_source import FatalShapes
 
-from cdetr_jax.data.pipeline import Reading, eval_batches, train_batches
+from cdetr_jax.data.pipeline import eval_batches, train_batches
 from cdetr_jax.data.plan import Augmentation, redraw_row, train_plan
+from cdetr_jax.data.reader import Reading
 from cdetr_jax.data.sources import BadPictureError, CocoFolder
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.transforms import apply_row

@@ -462,3 +462,11 @@ def test_starting_from_another_model_is_refused(undisturbed, tmp_path):
         ValueError, match=r"config\.init=.*unused .*decoder_layers_1.*mis-shaped .*query_embed.*num_queries=7"
     ):
         loop._start_from(initial, empty_state(config, 5), initial.classes, tmp_path)
+
+
+def test_a_run_that_is_refused_leaves_no_report(undisturbed, tmp_path):
+    config = make_config(model={"temperature": 30.0})
+    config.init = str(undisturbed[1])
+    with pytest.raises(ValueError, match=r"is of another model: config\.model\.temperature is 30\.0, expected 20\.0"):
+        loop.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "init.json").exists()
