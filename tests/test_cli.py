@@ -195,7 +195,18 @@ def test_wrong_config_fields(arguments, message, capsys, tmp_path):
 @pytest.mark.parametrize("config", ["configs/dmeo.py", "configs", "configs/dmeo.py:12"])
 def test_a_config_that_is_not_there(config, capsys, tmp_path):
     error = fails(capsys, ["train", f"--config={config}", f"--workdir={tmp_path}"])
-    assert error.startswith(f"cdetr train: error: there is no config {config}; the recipes are in configs/")
+    assert error.startswith(f"cdetr train: error: there is no config {config}; the recipes are in the repository's")
+
+
+def test_a_recipe_can_be_named_from_anywhere(tmp_path):
+    """Its neighbours are found whether it or the reader is in the repository."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("from configs import coco_folder\nget_config = coco_folder.get_config\n")
+    code = "import sys; from cdetr_jax.cli.settings import read_config as r; print(r(sys.argv[1], []).train.batch_size)"
+    for folder, recipe in ((tmp_path, f"{ROOT}/configs/coco_folder.py"), (ROOT, str(mine))):
+        command = [sys.executable, "-c", code, recipe]
+        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        assert int(done.stdout) > 0
 
 
 def test_a_schedule_that_there_is_not(capsys, tmp_path):

@@ -20,10 +20,11 @@ def read_config(path: str, fields: list[str]) -> ml_collections.ConfigDict:
       fields: such as `--config.optimizer.lr=2e-4`.
     Raises: ValueError, if there is no such field (with the name that was perhaps meant) or the value has a wrong type.
     """
-    if not os.path.isfile(path.split(".py:")[0] + ".py" if ".py:" in path else path):
-        raise FileNotFoundError(f"there is no config {path}; the recipes are in configs/, run from the repository root")
-    # A recipe may import its neighbours as `configs.common`.
-    sys.path.insert(0, os.getcwd())
+    file = Path(path.split(".py:")[0] + ".py" if ".py:" in path else path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no config {path}; the recipes are in the repository's folder configs/")
+    # A recipe may import its neighbours as `configs.common`, one elsewhere those of the repository that we are in.
+    sys.path[:0] = [str(file.resolve().parents[1]), os.getcwd()]
     values = flags.FlagValues()
     argv = ["cdetr", f"--config={path}", *fields]
     return _parse(values, argv, lambda: config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv))
