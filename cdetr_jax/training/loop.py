@@ -145,23 +145,23 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
             if progress:
                 progress.update(step, metrics)
 
-            if evaluates and (last or (end_of_epoch and (step // steps_per_epoch) % config.eval.every_epochs == 0)):
-                summary = _evaluate(config, trainer, state.eval_variables, eval_source, classes, host).summary
-                if writer:
-                    writer.write_scalars(step, summary, epoch=step / steps_per_epoch, kind="eval")
-                logging.info("step %d: AP %.4f, AP50 %.4f", step, summary["AP"], summary["AP50"])
-                scores = {"AP": summary["AP"]}
-            else:
+            if not (end_of_epoch or last or step % config.train.checkpoint_every_steps == 0):
+                continue
+            if recent:
+                _check_finite(*recent[-1])
+            with timer.pause():
                 scores = None
-            if end_of_epoch or last or scores or step % config.train.checkpoint_every_steps == 0:
-                if recent:
-                    _check_finite(*recent[-1])
+                if evaluates and (last or (end_of_epoch and (step // steps_per_epoch) % config.eval.every_epochs == 0)):
+                    summary = _evaluate(config, trainer, state.eval_variables, eval_source, classes, host).summary
+                    if writer:
+                        writer.write_scalars(step, summary, epoch=step / steps_per_epoch, kind="eval")
+                    logging.info("step %d: AP %.4f, AP50 %.4f", step, summary["AP"], summary["AP50"])
+                    scores = {"AP": summary["AP"]}
                 epoch, position = divmod(step, steps_per_epoch)
                 position = {"epoch": epoch, "batch": position, "steps_per_epoch": steps_per_epoch}
                 saved = first(state)
                 _check_finite_parameters(step, saved.params)
                 checkpoints.save(step, saved, position, scores)
-                timer.report(0)  # evaluating and saving are not part of the next interval's pace
     finally:
         feed.close()
         if progress:

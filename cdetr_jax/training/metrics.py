@@ -118,6 +118,15 @@ class IntervalTimer:
         """Counts time that was measured elsewhere for this part."""
         self._seconds[name] += seconds
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time inside the `with` block, such as that of an evaluation, is not part of the interval."""
+        start = monotonic()
+        try:
+            yield
+        finally:
+            self._start += monotonic() - start
+
     def report(self, images: int) -> dict[str, float]:
         """Ends the interval, in which so many images were trained on, and starts the next.
 

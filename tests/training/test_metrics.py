@@ -189,6 +189,16 @@ def test_timer_gives_shares_of_the_interval_and_starts_again(clock):
     assert timer.report(2) == {"images_per_second": 0.5, "data_percent": 0.0, "match_percent": 0.0}
 
 
+def test_a_pause_is_not_part_of_the_interval(clock):
+    timer = IntervalTimer()
+    with timer.part("data"):
+        clock.now += 1.0
+    with timer.pause():
+        clock.now += 100.0
+    clock.now += 3.0
+    assert timer.report(8) == {"images_per_second": 2.0, "data_percent": 25.0}
+
+
 def test_without_a_terminal_a_line_is_logged_at_logging_steps_only(clock, caplog):
     caplog.set_level("INFO", logger="absl")
     progress = Progress(total_steps=300, steps_per_epoch=100, start_step=200)
