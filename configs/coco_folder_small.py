@@ -4,8 +4,8 @@ r"""Your own pictures, small: for a CPU or a small GPU, from random weights, pic
         --config.data.train_images=my/train --config.data.train_annotations=my/train.json \
         --config.data.eval_images=my/val --config.data.eval_annotations=my/val.json
 
-On 205 microscope pictures of blood cells (3 classes, up to 30 objects) the AP on 87 others was 0.19 after 25 epochs and
-still rising; two CPU cores shared with other work trained on about 5 pictures a second.
+On 205 microscope pictures of blood cells (3 classes, up to 30 objects), 50 epochs with --config.train.num_epochs=50
+--config.optimizer.drop_epoch=45 gave AP 0.37 on 87 others, in 24 minutes on two CPU cores shared with other work.
 """
 
 import ml_collections

@@ -133,7 +133,7 @@ class _Plain(NamedTuple):
 
 def _time_plain(batches: Batches, source: Source, plan: EpochPlan, count: int) -> dict[str, _Plain]:
     """Ours and two plain loaders in turns, so that all meet the same machine."""
-    normalised = {"uint8, as our batches are": False, "float32, normalised": True}
+    normalised = {"as uint8, as ours": False, "as normalised float32": True}
     order = itertools.cycle(range(len(plan)))
     speeds: dict[str, list[tuple[float, float]]] = {"ours": [], **{name: [] for name in normalised}}
     for _ in range(_TURNS):
