@@ -25,6 +25,7 @@ from cdetr_jax.data.reader import Reading
 from cdetr_jax.data.sources import CocoFolder, Source
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.tfds_source import TfdsSource
+from cdetr_jax.data.transforms import count_training_objects
 from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.models.resnet import NORMS, STAGE_SIZES, frozen_modules
 from cdetr_jax.models.transformer import REFERENCE_POINTS, SPATIAL_QUERIES, TRANSFORMATIONS
@@ -351,6 +352,7 @@ def make_plan(config: ml_collections.ConfigDict, source: Source, shapes: Shapes,
         epoch=epoch,
         accumulation_steps=config.train.accumulation_steps,
         last_batch=config.data.last_batch,
+        object_counts=None if config.data.max_targets else count_training_objects(source.records),
     )
 
 

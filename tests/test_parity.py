@@ -243,9 +243,10 @@ def test_gradients_and_three_optimizer_steps(case):
     state = trainer.replicate(state)
 
     part = trainer.shard(case.batch)
-    cost, predictions, pullback = trainer.forward(state, part, 0)
-    match = trainer.match(cost, part)
-    grads, _ = trainer.backward(predictions, pullback, part.targets, match, trainer.counts([part]))
+    predictions, pullback = trainer.forward(state, part.images, part.sizes_hw, 0)
+    match = trainer.match(trainer.price(predictions, part.targets), part)
+    cotangents, _ = trainer.loss(predictions, part.targets, match, trainer.counts([part]))
+    grads = trainer.backward(pullback, cotangents)
     norms = by_official_name(jax.tree.map(lambda x: np.asarray(x).mean(0), grads))
     trainable = list(map(str, case.expected["trainable"]))
     floor = NOISE * case.expected["grad_global_norm_0"]

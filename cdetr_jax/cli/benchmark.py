@@ -73,10 +73,12 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
     def step(state: Any) -> Any:
         part = trainer.shard(batch)
-        cost, predictions, pullback = clock.time("forward", trainer.forward, state, part, 0)
-        match = clock.time("matching", trainer.match, cost, part)
+        predictions, pullback = clock.time("forward", trainer.forward, state, part.images, part.sizes_hw, 0)
+        prices = clock.time("prices", trainer.price, predictions, part.targets)
+        match = clock.time("matching", trainer.match, prices, part)
         counts = trainer.counts([part])
-        grads, _ = clock.time("backward", trainer.backward, predictions, pullback, part.targets, match, counts)
+        cotangents, _ = clock.time("losses", trainer.loss, predictions, part.targets, match, counts)
+        grads = clock.time("backward", trainer.backward, pullback, cotangents)
         del pullback
         state, _ = clock.time("update", trainer.apply, state, grads)
         return state

@@ -288,8 +288,6 @@ def bucket_table(plan: EpochPlan) -> list[str]:
     if plan.max_targets is not None:
         for size, batches in zip(*np.unique(plan.max_targets, return_counts=True), strict=True):
             lines.append(f"{size} targets in {batches / len(plan):.1%} of the batches")
-        programs = len(np.unique(np.column_stack([plan.shapes_hw, plan.max_targets]), axis=0))
-        lines.append(f"{programs} programs to compile, one for each shape and number of targets")
     return lines
 
 

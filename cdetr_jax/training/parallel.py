@@ -1,4 +1,4 @@
-"""The one place that pmaps: wraps the halves of a step, replicates, shards and gathers."""
+"""The one place that pmaps: wraps the parts of a step, replicates, shards and gathers."""
 
 import time
 from collections.abc import Sequence
@@ -35,7 +35,9 @@ class Trainer:
         self._num_queries = functions.model.num_queries
         # With all devices pmap finds them itself, which is also what several hosts need.
         chosen = None if devices is None else self.devices
-        self.forward = jax.pmap(functions.forward, AXIS, in_axes=(0, 0, None), devices=chosen)
+        self.forward = jax.pmap(functions.forward, AXIS, in_axes=(0, 0, 0, None), devices=chosen)
+        self.price = jax.pmap(functions.price, AXIS, devices=chosen)
+        self.loss = jax.pmap(functions.loss, AXIS, devices=chosen)
         self.backward = jax.pmap(functions.backward, AXIS, devices=chosen)
         self.apply = jax.pmap(functions.apply, AXIS, donate_argnums=0, devices=chosen)
         self._add = jax.pmap(lambda a, b: jax.tree.map(jnp.add, a, b), AXIS, donate_argnums=0, devices=chosen)
@@ -80,10 +82,11 @@ class Trainer:
         counts = self.counts(parts)
         grads = losses = None
         for i, part in enumerate(parts):
-            cost, predictions, pullback = self.forward(state, part, i)
-            match = self.match(cost, part, i)
-            part_grads, part_losses = self.backward(predictions, pullback, part.targets, match, counts)
-            del predictions, pullback
+            predictions, pullback = self.forward(state, part.images, part.sizes_hw, i)
+            match = self.match(self.price(predictions, part.targets), part, i)
+            cotangents, part_losses = self.loss(predictions, part.targets, match, counts)
+            part_grads = self.backward(pullback, cotangents)
+            del predictions, pullback, cotangents
             grads = part_grads if grads is None else self._add(grads, part_grads)
             losses = part_losses if losses is None else jax.tree.map(jnp.add, losses, part_losses)
         if len(parts) > 1:

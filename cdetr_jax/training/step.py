@@ -1,11 +1,14 @@
-"""The two halves of a train step, as pure functions of one device's share, and the evaluation step.
+"""A train step around the matching on the host, as pure functions of one device's share, and the evaluation step.
 
-    forward    params, pictures          -> prices, predictions, pullback
+    forward    params, pictures          -> predictions, pullback
+    price      predictions, targets      -> prices
     (host)     prices                    -> match                            matching/assign.py
-    backward   predictions, match        -> losses, cotangents -> pullback -> gradients
+    loss       predictions, match        -> losses, cotangents
+    backward   pullback, cotangents      -> gradients
     apply      gradients                 -> mean over devices -> clip -> AdamW
 
-The pullback is `jax.vjp`'s closure, a pytree of residuals, so that it can leave one program and enter another.
+The pullback is `jax.vjp`'s closure, a pytree of residuals, so that it can leave one program and enter another. Only the
+two small programs in the middle know the number of targets T: for another T the network is not compiled again.
 """
 
 from collections.abc import Callable
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from cdetr_jax.evaluation.postprocess import postprocess
 from cdetr_jax.losses.criterion import Counts, Losses, criterion
@@ -24,6 +27,8 @@ from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.structs import Batch, Detections, Match, Predictions, Targets
 
 AXIS = "devices"
+
+Pullback = Callable[[Predictions], tuple[Any]]
 
 
 # XLA's own generator: dropout masks cost less, and initialisation compiles several times faster, than with threefry.
@@ -97,30 +102,27 @@ class StepFunctions:
         )
 
     def forward(
-        self, state: TrainState, batch: Batch, part: Int[Array, ""]
-    ) -> tuple[Float[Array, "L B Q T"], Predictions, Callable[[Predictions], Any]]:
-        """Predicts and prices. `part` counts the micro-batches of one optimiser step."""
+        self, state: TrainState, images: UInt8[Array, "B H W 3"], sizes_hw: Int[Array, "B 2"], part: Int[Array, ""]
+    ) -> tuple[Predictions, Pullback]:
+        """Predicts. `part` counts the micro-batches of one optimiser step."""
         rng = jax.random.wrap_key_data(state.rng, impl=RNG)
         for number in (state.step, part, jax.lax.axis_index(AXIS)):
             rng = jax.random.fold_in(rng, number)
 
         def predict(params: Any) -> Predictions:
             variables = {"params": params, "constants": state.constants}
-            return self.model.apply(variables, batch.images, batch.sizes_hw, train=True, rngs={"dropout": rng})
+            return self.model.apply(variables, images, sizes_hw, train=True, rngs={"dropout": rng})
 
-        predictions, pullback = jax.vjp(predict, state.params)
-        cost = matching_cost(predictions, batch.targets, **self.cost_settings)
-        return cost, predictions, pullback
+        return jax.vjp(predict, state.params)
 
-    def backward(
-        self,
-        predictions: Predictions,
-        pullback: Callable[[Predictions], Any],
-        targets: Targets,
-        match: Match,
-        counts: Counts,
-    ) -> tuple[Any, Losses]:
-        """This device's gradients of one micro-batch, and the losses of all devices.
+    def price(self, predictions: Predictions, targets: Targets) -> Float[Array, "L B Q T"]:
+        """The prices of the matching."""
+        return matching_cost(predictions, targets, **self.cost_settings)
+
+    def loss(
+        self, predictions: Predictions, targets: Targets, match: Match, counts: Counts
+    ) -> tuple[Predictions, Losses]:
+        """The total loss's gradients in this device's predictions of one micro-batch, and the losses of all devices.
 
         Args:
           counts: of all micro-batches of this optimiser step on this device.
@@ -132,8 +134,12 @@ class StepFunctions:
             return losses.total, losses
 
         cotangents, losses = jax.grad(total, has_aux=True)(predictions)
+        return cotangents, jax.lax.pmean(losses, AXIS)
+
+    def backward(self, pullback: Pullback, cotangents: Predictions) -> Any:
+        """This device's gradients of one micro-batch."""
         (grads,) = pullback(cotangents)
-        return grads, jax.lax.pmean(losses, AXIS)
+        return grads
 
     def apply(self, state: TrainState, grads: Any) -> tuple[TrainState, Float[Array, ""]]:
         """One optimiser step. Returns the new state and the gradient's global norm before clipping."""

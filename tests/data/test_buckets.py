@@ -234,5 +234,4 @@ def test_table_of_buckets():
     assert bucket_table(plan)[4:] == [
         "4 targets in 25.0% of the batches",
         "8 targets in 75.0% of the batches",
-        "3 programs to compile, one for each shape and number of targets",
     ]

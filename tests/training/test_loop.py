@@ -363,16 +363,16 @@ def test_parameters_that_are_not_finite_end_the_run_unsaved(every, log, message,
 @pytest.mark.parametrize("field", ["class_loss", "giou_loss"])
 def test_a_loss_that_is_not_finite_ends_the_run_unsaved(field, undisturbed, tmp_path, monkeypatch):
     trainer = loop.Trainer(loop._functions(make_config(), 5))
-    backward, calls = trainer.backward, []
+    loss, calls = trainer.loss, []
 
     def poisoned(*arguments):
-        grads, losses = backward(*arguments)
+        cotangents, losses = loss(*arguments)
         calls.append(1)
         if len(calls) == 3:  # two parts a step
             losses = losses.replace(**{field: getattr(losses, field) * np.inf})
-        return grads, losses
+        return cotangents, losses
 
-    monkeypatch.setattr(trainer, "backward", poisoned)
+    monkeypatch.setattr(trainer, "loss", poisoned)
     name = {"class_loss": "class", "giou_loss": "GIoU"}[field]
     # Neither logged nor saved at step 2: seen at the next step.
     config = make_config(train={"checkpoint_every_steps": 100, "log_every_steps": 100})

@@ -1,6 +1,6 @@
 """The train step: devices, accumulation, moving average, dropout, and pictures without targets.
 
-Most tests run a stand-in for the detector that compiles in a moment; what they check are the halves of the step, which
+Most tests run a stand-in for the detector that compiles in a moment; what they check are the parts of the step, which
 only see a module that makes `Predictions`. All batches have one shape, so that the tests share compiled programs.
 """
 
@@ -256,6 +256,30 @@ def test_moving_average_follows_its_formula():
     assert np.abs(actual["heads"]["bias"] - params["heads"]["bias"]).max() > 1e-3
 
 
+def test_another_number_of_targets_leaves_the_network_compiled(monkeypatch):
+    originals = {name: getattr(StepFunctions, name) for name in ("forward", "price", "loss", "backward")}
+    compiled = []
+    for name in originals:
+
+        def noted(self, *arguments, name=name):
+            compiled.append(name)
+            return originals[name](self, *arguments)
+
+        monkeypatch.setattr(StepFunctions, name, noted)
+    functions = make_functions(StandIn())
+    trainer = parallel.Trainer(functions, jax.local_devices()[:1])
+    first, second = cut(make_batch(), 2)
+    _, losses, norm = trainer.step(trainer.replicate(make_state(functions)), [first, second])
+    assert sorted(compiled) == ["backward", "forward", "loss", "price"]
+    compiled.clear()
+    wider = jax.tree.map(lambda x: np.pad(x, [(0, 0), (0, 4)] + [(0, 0)] * (x.ndim - 2)), second.targets)
+    parts = [first, second.replace(targets=wider)]
+    _, wider_losses, wider_norm = trainer.step(trainer.replicate(make_state(functions)), parts)
+    assert sorted(compiled) == ["loss", "price"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), wider_losses, losses)
+    np.testing.assert_allclose(wider_norm, norm, **CLOSE)
+
+
 def test_dropout_masks_follow_seed_step_part_and_device():
     functions, trainer = make_trainer(2, dropout=0.5)
     same = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), make_batch())  # both devices see the same pictures
@@ -263,7 +287,8 @@ def test_dropout_masks_follow_seed_step_part_and_device():
     def logits(seed, step, part):
         state = make_state(functions)
         state = state.replace(rng=jax.random.key_data(new_rng(seed)), step=jnp.array(step, jnp.int32))
-        return np.asarray(trainer.forward(trainer.replicate(state), trainer.shard(same), part)[1].logits)
+        batch = trainer.shard(same)
+        return np.asarray(trainer.forward(trainer.replicate(state), batch.images, batch.sizes_hw, part)[0].logits)
 
     base = logits(0, 0, 0)
     np.testing.assert_array_equal(logits(0, 0, 0), base)
