@@ -192,17 +192,21 @@ def train_plan(
     a step come one after the other: they are dealt out on their own, so that a large batch wastes no more than a part
     of it would.
     A part has the smallest shape that holds its pictures, but for what does not come out even; see `deal`. Pictures
-    of several shapes that are left over at the end go into the smallest that holds them together; where none does (it
-    took a source of no more than a few batches), into one of the largest height and width of all.
+    of several shapes that are left over at the end go together into the smallest that holds them. Where none does, as
+    with lying and upright panoramas, it is the shape that shows most of them, and those that it does not hold are
+    scaled down: no epoch brings a shape of its own.
     Args:
       sizes_hw: [n, 2] height and width of every picture of the source.
       shapes: padded heights and widths.
       batch_size: pictures of an optimiser step, a multiple of accumulation_steps.
       last_batch: see `steps_per_epoch`.
       object_counts: [n], for max_targets.
-    Raises: ValueError, if a resized picture fits none of the shapes, or there would be no batch.
+    Raises: ValueError, if a resized picture fits none of the shapes, the parts are not equal, or there would be no
+      batch.
     """
-    part_size = batch_size // accumulation_steps
+    part_size, rest = divmod(batch_size, accumulation_steps)
+    if rest:
+        raise ValueError(f"a batch of {batch_size} pictures cannot be cut in {accumulation_steps} equal parts")
     sizes = np.asarray(sizes_hw, np.int64).reshape(-1, 2)
     ordered = by_area(shapes)
     steps = steps_per_epoch(len(sizes), batch_size, last_batch)
@@ -219,7 +223,8 @@ def train_plan(
 
     dealt = deal(rows["size_hw"], ordered, first_that_holds(rows["size_hw"], ordered, sizes[rows["index"]]), part_size)
     mixed = dealt.left.reshape(-1, part_size)
-    mixed_shapes = smallest_shape(rows["size_hw"][mixed].max(1), [*ordered, ordered.max(0)])
+    mixed_shapes = ordered[[_shows_most(rows["size_hw"][some], ordered) for some in mixed]]
+    rows["size_hw"][mixed] = _fitted(rows["size_hw"][mixed], mixed_shapes[:, None])
     members = np.concatenate([dealt.members, mixed])[order]
     shapes_hw = np.concatenate([ordered[dealt.shape], mixed_shapes])[order]
     max_targets = None
@@ -301,8 +306,7 @@ def redraw_row(
     rng = np.random.default_rng(np.random.SeedSequence([seed, epoch], spawn_key=(index,)))
     row = _draw_rows(np.array([size_hw]), augmentation, rng)[0]
     row["index"] = index
-    factor = min(1.0, *(np.asarray(shape_hw) / row["size_hw"]))
-    row["size_hw"] = np.maximum((row["size_hw"] * factor).astype(np.int32), 1)
+    row["size_hw"] = _fitted(row["size_hw"], np.asarray(shape_hw))
     return row
 
 
@@ -313,6 +317,18 @@ def check_shapes(sizes_hw: np.ndarray, augmentation: Augmentation, shapes: Shape
     """
     largest, originals = _largest_draws(sizes_hw, augmentation)
     first_that_holds(largest, by_area(shapes), originals)
+
+
+def _fitted(sizes_hw: np.ndarray, shapes_hw: np.ndarray) -> np.ndarray:
+    """Sizes [..., 2] scaled down to fit their shapes [..., 2]; those that fit stay as they are."""
+    factor = np.minimum(1, (shapes_hw / sizes_hw).min(-1, keepdims=True))
+    return np.maximum((sizes_hw * factor).astype(np.int32), 1)
+
+
+def _shows_most(sizes_hw: np.ndarray, ordered: np.ndarray) -> int:
+    """Position of the shape [k, 2] that leaves most of the pictures' area when they are scaled down to fit it."""
+    factor = np.minimum(1, (ordered[:, None] / sizes_hw).min(-1))
+    return int((factor**2 * sizes_hw.prod(-1)).sum(-1).argmax())
 
 
 def _area(sizes_hw: np.ndarray) -> int:

@@ -11,6 +11,7 @@ from cdetr_jax.data.plan import (
     real_pixels,
     redraw_row,
     resized_hw,
+    search_shapes,
     smallest_shape,
     steps_per_epoch,
     target_sizes,
@@ -208,6 +209,25 @@ def test_filled_epochs_hold_every_picture():
     assert even[0].rows.tobytes() == even[1].rows.tobytes()
 
 
+def test_panoramas_bring_no_shape_of_their_own():
+    sizes = np.repeat([(1080, 1920), (1920, 1080)], 300, axis=0)
+    whole = dataclasses.replace(PUBLISHED, crop_probability=0.0)
+    shapes = search_shapes(sizes, whole, 12)
+    for epoch in range(5):
+        plan = train_plan(sizes, whole, shapes, batch_size=16, seed=0, epoch=epoch)
+        assert set(map(tuple, plan.shapes_hw.tolist())) <= set(shapes)
+        assert (plan.rows["size_hw"] <= plan.shapes_hw[:, None]).all()
+        alone = train_plan(sizes, whole, shapes, batch_size=1, seed=0, epoch=epoch).rows.ravel()
+        drawn = dict(zip(alone["index"].tolist(), alone["size_hw"].tolist(), strict=True))
+        changed = [row for row in plan.rows.ravel() if row["size_hw"].tolist() != drawn[row["index"]]]
+        assert 0 < len(changed) < 16
+
+
+def test_parts_have_to_be_equal():
+    with pytest.raises(ValueError, match="a batch of 6 pictures cannot be cut in 4 equal parts"):
+        train_plan(SIZES, PUBLISHED, SHAPES, batch_size=6, accumulation_steps=4, seed=0, epoch=0)
+
+
 def test_the_parts_of_a_step_have_shapes_of_their_own():
     sizes, counts = np.tile(SIZES, (43, 1)), np.tile(np.arange(7), 43)  # 301
     settings = {"seed": 3, "epoch": 2, "object_counts": counts}
@@ -356,13 +376,17 @@ def test_shapes_are_checked_before_the_first_epoch():
         check_shapes(square, PUBLISHED, [(1344, 1240)])
 
 
-def test_what_fits_no_listed_shape_together_gets_the_largest_sides():
-    """Two pictures that are not cropped, one upright and one lying, make one batch."""
+def test_what_fits_no_shape_together_is_scaled_down():
+    """Two pictures that are not cropped, one upright and one lying, make one batch, and no shape of their own."""
     whole = dataclasses.replace(PUBLISHED, crop_probability=0.0, short_sides_px=(800,))
     sizes, shapes = np.array([(640, 480), (480, 640)]), [(1088, 800), (800, 1344)]
     plan = train_plan(sizes, whole, shapes, batch_size=2, seed=0, epoch=0)
-    assert plan.shapes_hw.tolist() == [[1088, 1344]]
-    assert sorted(plan.rows["index"][0]) == [0, 1]
+    assert plan.shapes_hw.tolist() == [[1088, 800]]
+    assert {row["index"]: row["size_hw"].tolist() for row in plan.rows[0]} == {0: [1066, 800], 1: [600, 800]}
+    # Of longer shapes the one that shows most of both.
+    plan = train_plan(sizes, whole, [(1088, 800), (1056, 1088), (800, 1344)], batch_size=2, seed=0, epoch=0)
+    assert plan.shapes_hw.tolist() == [[1056, 1088]]
+    assert {row["index"]: row["size_hw"].tolist() for row in plan.rows[0]} == {0: [1056, 792], 1: [800, 1066]}
     # The smallest that is listed comes first.
     plan = train_plan(sizes, whole, [*shapes, (1120, 1120), (1344, 1344)], batch_size=2, seed=0, epoch=0)
     assert plan.shapes_hw.tolist() == [[1120, 1120]]
