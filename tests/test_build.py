@@ -1,5 +1,6 @@
 """From a config to objects: what is refused and how, class tables, every recipe's model, and the published values."""
 
+import contextlib
 import importlib
 import json
 import pathlib
@@ -305,3 +306,20 @@ def test_the_compute_dtype_reaches_the_model():
     assert build.make_model(changed(model__compute_dtype="bfloat16"), 3).dtype == jax.numpy.bfloat16
     assert build.make_model(common.get_config(), 3).dtype == jax.numpy.float32
     assert build.make_model(common.get_config(), 3).num_classes == 3
+
+
+def test_the_plan_to_look_at_is_the_one_that_is_followed(caplog):
+    caplog.set_level("INFO", logger="absl")
+    config = demo.get_config()
+    config.data.synthetic.train_pictures = 40
+    config.train.update({"batch_size": 8, "accumulation_steps": 2})
+    source = build.make_source(config, "train")
+    classes = build.class_table(source.categories, "contiguous", 0)
+    plan = build.make_plan(config, source, build.train_shapes(config, source), 1)
+    with contextlib.closing(build.make_train_batches(config, source, classes, (1, 0))) as batches:
+        assert len(plan) == batches.batches_per_epoch == 10
+        for rows, max_targets, batch in zip(plan.rows, plan.max_targets, batches, strict=False):
+            np.testing.assert_array_equal(batch.index, rows["index"])
+            assert batch.targets.valid.shape[1] == max_targets
+    assert "Buckets of epoch 2:\npadded shape" in caplog.text
+    assert "4 targets in 100.0% of the batches" in caplog.text

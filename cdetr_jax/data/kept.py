@@ -4,8 +4,6 @@ import contextlib
 import hashlib
 import os
 import uuid
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,11 +79,17 @@ def _user_cache(path: str | os.PathLike) -> Path:
 def _load(file: Path, fingerprint: str) -> Table | None:
     try:
         with file.open("rb") as stream, np.load(stream) as content:
-            if str(content[_FINGERPRINT]) == fingerprint:
-                return {name: content[name] for name in content.files if name != _FINGERPRINT}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None  # not there, or damaged
+            names = [name for name in content.files if name != _FINGERPRINT]
+            if str(content[_FINGERPRINT]) == _with_names(fingerprint, names):
+                return {name: content[name] for name in names}
+    except Exception:  # not there, or damaged: NumPy and zipfile raise many kinds
+        return None
     return None
+
+
+def _with_names(fingerprint: str, names: Iterable[str]) -> str:
+    """So that a file that lost an array is not taken for a whole one."""
+    return " ".join([fingerprint, *sorted(names)])
 
 
 def _save(file: Path, fingerprint: str, table: Table) -> None:
@@ -93,7 +97,7 @@ def _save(file: Path, fingerprint: str, table: Table) -> None:
     part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         with part.open("xb") as stream:
-            np.savez(stream, **{_FINGERPRINT: np.array(fingerprint)}, **table)
+            np.savez(stream, **{_FINGERPRINT: np.array(_with_names(fingerprint, table))}, **table)
         part.replace(file)
     except BaseException:
         with contextlib.suppress(OSError):

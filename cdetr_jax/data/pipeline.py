@@ -160,8 +160,8 @@ class Batches:
         self._ahead = 1 + max(1, math.ceil(reading.at_once / rows))  # keeps every thread busy across batches
         self._workers = None
         if reading.workers:
-            height, width = np.max(shapes, axis=0).tolist()  # also what pictures left over from several shapes get
-            self._workers = Workers(reader.source, reading.workers, reading.threads_each, height * width)
+            max_pixels = int(np.prod(shapes, axis=-1).max())
+            self._workers = Workers(reader.source, reading.workers, reading.threads_each, max_pixels)
             reader.write_picture = self._workers.write_picture
         self._threads = ThreadPoolExecutor(reading.at_once, thread_name_prefix="picture")
         self._pending: collections.deque[tuple[Batch, list[Future]]] = collections.deque()
@@ -204,9 +204,10 @@ class Batches:
         """Ends threads and processes, once each has finished its picture, and gives up what was read ahead."""
         self._jobs.close()
         self._pending.clear()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         if self._workers:
             self._workers.close()
+        self._threads.shutdown(wait=True)
 
     def _submit(self, job: Job) -> None:
         batch = empty_batch(len(job.rows), job.shape_hw, job.max_targets or self.max_targets)

@@ -25,7 +25,7 @@ class Reading:
       threads: of each process that reads; 0: as many as make one for each core, all processes together.
       max_targets: T, objects a picture can hold; 0: as many as the batch needs, see `plan.target_sizes`.
       on_error: "raise" stops at a damaged picture; "skip" does without it.
-      max_bad_fraction: with "skip", more damaged pictures than this stop after all.
+      max_bad_fraction: with "skip", a host that has met more damaged pictures than this stops after all.
       host_index, host_count: this host loads its contiguous part of every global batch.
     """
 

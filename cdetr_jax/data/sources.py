@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -23,6 +24,10 @@ PICTURE_ERRORS = (
     SyntaxError,  # Pillow's word for a broken PNG
     EOFError,
     IndexError,
+    KeyError,
+    TypeError,  # from the EXIF data of a damaged MPO
+    OverflowError,
+    RuntimeError,  # from a damaged AVIF
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -30,8 +35,11 @@ PICTURE_ERRORS = (
 )
 
 
+_SKIP_ADVICE = ', or set config.data.on_error = "skip" to do without damaged pictures'
+
+
 class BadPictureError(ValueError):
-    """A picture file that is missing or cannot be decoded; the message starts with its path."""
+    """A picture file that is missing, cannot be decoded or is not of the annotated size; the message starts with it."""
 
 
 class Source(Protocol):
@@ -133,12 +141,14 @@ class CocoFolder:
                 f"{self._folder}: no such folder of pictures; it goes with {annotations}: set config.data.train_images "
                 "and config.data.eval_images to the folders that hold the pictures"
             )
-        content = _read_json(Path(annotations))
-        categories = _Table.of(annotations, content, "categories")
-        ids = categories.unique_ids()
-        names = categories.column("name", "a text", lambda v: type(v) is str)
-        self.categories = tuple(sorted((Category(*pair) for pair in zip(ids, names, strict=True)), key=lambda c: c.id))
-        self.records = self._read_records(_Table.of(annotations, content, "images"), content, set(ids))
+        with _without_garbage_collection():
+            content = _read_json(Path(annotations))
+            categories = _Table.of(annotations, content, "categories")
+            ids = categories.unique_ids()
+            names = categories.column("name", "a text", lambda v: type(v) is str)
+            pairs = zip(ids, names, strict=True)
+            self.categories = tuple(sorted((Category(*pair) for pair in pairs), key=lambda c: c.id))
+            self.records = self._read_records(_Table.of(annotations, content, "images"), content, set(ids))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -152,7 +162,8 @@ class CocoFolder:
 
         It comes as stored, as in the published code, if that is the annotated size; if only the picture turned by its
         EXIF tag has the annotated size, it is turned.
-        Raises: BadPictureError, if the file is missing or damaged; ValueError, if its size is not the annotated one.
+        Raises: BadPictureError, if the file is missing or damaged, or its size is not the annotated one: damage to a
+          header and a wrong annotation look alike.
         """
         record = self.records[i]
         path = self._folder / record.file_name
@@ -164,13 +175,12 @@ class CocoFolder:
                 if stored in (wanted, wanted[::-1]):  # else not worth decoding, however large its header says it is
                     picture = rgb_image(image if stored == wanted else ImageOps.exif_transpose(image))
         except PICTURE_ERRORS as error:
-            advice = '; replace it, or set config.data.on_error = "skip" to do without damaged pictures'
-            raise bad_picture(path, error, advice) from error
+            raise bad_picture(path, error, f"; replace it{_SKIP_ADVICE}") from error
         if picture is None or picture.size != wanted:
-            raise ValueError(
+            raise BadPictureError(
                 f"{path}: the picture is {stored[0]} x {stored[1]} pixels but image {record.image_id} is annotated as "
                 f"{record.width} x {record.height} (width x height); its boxes would be wrong: correct the "
-                "annotation or the file"
+                f"annotation or the file{_SKIP_ADVICE}"
             )
         return picture
 
@@ -242,6 +252,24 @@ class CocoFolder:
         except PICTURE_ERRORS as error:
             advice = f"; {images.path}: {images.name_of(i)} has no height and width: add them, or take it out"
             raise bad_picture(self._folder / name, error, advice) from error
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """COCO's JSON is millions of small objects, which the collector would look through again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def open_image(source: Source, i: int) -> Image.Image:
+    """Picture `i` of any source as a Pillow image; one that has it in that form need not make an array of it."""
+    opened = getattr(source, "open_image", None)
+    return opened(i) if opened else Image.fromarray(source.load_image(i))
 
 
 def clip_to_picture(boxes_xywh_px: np.ndarray, heights: Any, widths: Any) -> tuple[np.ndarray, np.ndarray]:

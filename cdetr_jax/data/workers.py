@@ -5,6 +5,7 @@ to 14.2 (a picture at a time), these 12.3; see BENCHMARKS.md. Here a picture tra
 share for as long as the worker lives, and a worker that dies says at which picture.
 """
 
+import contextlib
 import dataclasses
 import io
 import multiprocessing
@@ -19,10 +20,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from cdetr_jax.data.plan import ROW
-from cdetr_jax.data.sources import Source
+from cdetr_jax.data.sources import Source, open_image
 from cdetr_jax.data.transforms import transform_picture
 from cdetr_jax.records import Record
 
@@ -42,9 +42,7 @@ def write_picture(source: Source, row: np.ndarray, out: np.ndarray) -> None:
     """
     index = int(row["index"])
     record = source.records[index]
-    # A source that has the picture in Pillow's form need not turn it into an array for us to turn it back.
-    open_image = getattr(source, "open_image", None)
-    picture = open_image(index) if open_image else Image.fromarray(source.load_image(index))
+    picture = open_image(source, index)
     if picture.size != (record.width, record.height):
         raise ValueError(
             f"the picture has {picture.width} x {picture.height} pixels, but its record says {record.width} x "
@@ -90,8 +88,7 @@ class Workers:
                 connection.close()  # so that ours comes to its end when the process does
             for i, (connection, _) in enumerate(pairs):
                 self._channels.append(_Channel(process, connection, pixels[k * threads + i]))
-        for channel in self._channels:
-            self._idle.put(channel)
+                self._idle.put(self._channels[-1])
 
     def write_picture(self, row: np.ndarray, out: np.ndarray) -> None:
         """As `write_picture`, by one of the workers; called from as many threads as there are workers' threads.
@@ -130,10 +127,23 @@ class Workers:
         return sum(channel.cpu_s for channel in self._channels)
 
     def close(self) -> None:
-        """Ends the processes, once each has finished its picture."""
+        """Ends the processes, once each has finished its picture; one that does not is killed, and so its reader freed.
+
+        Nothing more may be asked for.
+        """
+        end = time.monotonic() + _END_S
+        reading = list(self._channels)
+        try:
+            while reading:
+                reading.remove(self._idle.get(timeout=max(0.0, end - time.monotonic())))
+        except queue.Empty:
+            for channel in reading:
+                channel.process.kill()
+            with contextlib.suppress(queue.Empty):
+                while reading:
+                    reading.remove(self._idle.get(timeout=_END_S))
         for channel in self._channels:
             channel.connection.close()
-        end = time.monotonic() + _END_S
         for process in dict.fromkeys(channel.process for channel in self._channels):
             process.join(max(0.0, end - time.monotonic()))
             if process.is_alive():
@@ -142,7 +152,7 @@ class Workers:
         self._channels.clear()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Channel:
     """The way to one thread of one worker process, and the memory where it leaves its picture."""
 

@@ -333,7 +333,8 @@ def _evaluate(
 ) -> CocoMetrics:
     """Runs every picture of the source and scores the detections. `variables` are replicated."""
     classes = build.classes_in_data(classes, source.categories)
-    feed = Feed(build.make_eval_batches(config, source, host), lambda batch: (batch.index, trainer.put(batch)))
+    batches = build.make_eval_batches(config, source, host)
+    feed = Feed(batches, lambda batch: (batch.index, trainer.put(batch)))
     results = []
     try:
         for [(index, batch)] in feed:
@@ -346,6 +347,11 @@ def _evaluate(
                     results += coco_results(source.records[i].image_id, found, classes)
     finally:
         feed.close()
+    if batches.bad_files:
+        logging.warning(
+            "%d damaged pictures count as if nothing had been found in them: %s",
+            len(batches.bad_files), sorted(batches.bad_files),
+        )  # fmt: skip
     return coco_average_precision(source.records, source.categories, results)
 
 

@@ -337,6 +337,10 @@ def test_mutated_pictures_are_skipped_in_a_run(tmp_path):
         if k % 3 == 0:
             data = data[: 100 * k]
             damaged.add(image["file_name"])
+        elif k == 1:  # the height in its header is another one
+            place = data.index(b"\xff\xc0") + 6
+            data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+            damaged.add(image["file_name"])
         (tmp_path / image["file_name"]).write_bytes(data)
     (tmp_path / "instances.json").write_text(json.dumps(content))
     source = CocoFolder(tmp_path, tmp_path / "instances.json")

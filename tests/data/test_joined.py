@@ -66,9 +66,18 @@ def test_moved_ids_are_unique(ids):
     assert len({record.image_id for record in joined.records}) == 8
 
 
-def test_one_id_with_two_names():
-    with pytest.raises(ValueError, match=r"category 2 is 'oak' in a but 'ash' in b; give them the same name"):
-        JoinedSource([("a", Few(0, [1], (OAK,))), ("b", Few(0, [2], (Category(2, "ash"),)))])
+def test_one_id_with_two_names(caplog):
+    """As of coco/2017 and voc/2007: the later name gets an id that neither source has."""
+    caplog.set_level("INFO", logger="absl")
+    ash, yew = Category(OAK.id, "ash"), Category(OAK.id + 1, "yew")
+    joined = JoinedSource([("a", Few(0, [1], (OAK,))), ("b", Few(0, [2], (ash, yew))), ("c", Few(0, [3], (ash,)))])
+    assert joined.categories == (OAK, yew, Category(OAK.id + 2, "ash"))
+    of_source = [set(record.category_ids.tolist()) for record in joined.records]
+    assert of_source[0] <= {OAK.id}
+    assert of_source[-1] == {OAK.id + 2}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"category ash of b gets the id {OAK.id + 2}: {OAK.id} is taken"
+    ]
 
 
 def test_two_categories_of_one_name():

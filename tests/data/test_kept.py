@@ -63,6 +63,20 @@ def test_a_damaged_table_is_made_anew(tmp_path, make, damage):
     assert kept_table(path, "x", "it", make)["numbers"][0] == 2
 
 
+def test_any_flipped_byte_is_found_or_harmless(tmp_path, make):
+    path = tmp_path / "t.npz"
+    expected = kept_table(path, "x", "it", make)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        content = bytearray(whole)
+        content[place] ^= 0xFF
+        path.write_bytes(content)
+        table = kept_table(path, "x", "it", make)
+        assert sorted(table) == sorted(expected)
+        assert all(table[name].shape == expected[name].shape for name in expected)
+        assert table["numbers"][1:].tolist() == expected["numbers"][1:].tolist()
+
+
 def test_where_the_data_cannot_be_written_to(tmp_path, make, monkeypatch, own_cache, caplog):
     save = kept._save
 

@@ -390,6 +390,20 @@ def test_killed_process_does_not_hang_the_run():
     assert not _processes()
 
 
+def test_a_process_that_stands_still_does_not_hold_up_the_end(monkeypatch):
+    """As one that waits for a network disk for good."""
+    monkeypatch.setattr("cdetr_jax.data.workers._END_S", 1.0)
+    batches = _train_shapes(FatalShapes("nothing"), _reading(workers=2, threads=1))
+    next(batches)
+    os.kill(_processes()[0].pid, signal.SIGSTOP)
+    time.sleep(0.2)  # until it has been asked for a picture
+    start = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start < 10
+    assert not _processes()
+    assert not _threads()
+
+
 def test_processes_do_not_outlive_a_killed_run():
     code = (
         "import os, signal, multiprocessing, sys\n"

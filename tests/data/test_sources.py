@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdetr_jax.data import sources
 from cdetr_jax.data.sources import BadPictureError, CocoFolder, decode_rgb, open_picture
 from cdetr_jax.structs import Category
 
@@ -206,9 +207,21 @@ def test_exif_turn_follows_the_annotated_size(content, write):
 def test_other_size_than_annotated(content, write):
     folder, file = write(content)
     Image.new("RGB", (40, 31)).save(folder / "b.png")
-    with pytest.raises(ValueError, match=r"b\.png: the picture is 40 x 31 pixels .*annotated as 40 x 30") as caught:
+    # Damage to a header looks just so, and may be skipped; max_bad_fraction finds wrong annotations.
+    with pytest.raises(BadPictureError, match=r"b\.png: the picture is 40 x 31 pixels .*annotated as 40 x 30"):
         CocoFolder(folder, file).load_image(1)
-    assert not isinstance(caught.value, BadPictureError)  # a damaged picture may be skipped, a wrong annotation not
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, KeyError, OverflowError])
+def test_whatever_pillow_raises_is_a_bad_picture(error, content, write, monkeypatch):
+    def fail(_):
+        raise error("surprise")
+
+    folder, file = write(content)
+    source = CocoFolder(folder, file)
+    monkeypatch.setattr(sources, "rgb_image", fail)
+    with pytest.raises(BadPictureError, match=r"b\.png: cannot read .*surprise"):
+        source.load_image(1)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # it is an error here, with or without it

@@ -4,6 +4,7 @@ To keep this short the backbone has one block a stage, and runs of one model sha
 is killed is a process of its own.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -425,6 +426,17 @@ def test_a_damaged_picture_is_skipped_where_asked_for(damaged, undisturbed, tmp_
     loop.train_and_evaluate(config, tmp_path / "w")
     assert saved_steps(tmp_path / "w") == [1, 2, 3]
     assert warnings[-1] == "1 damaged pictures were skipped: ['picture_7.jpg']"
+
+
+def test_damaged_pictures_of_an_evaluation_are_told_with_it(damaged, undisturbed, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(loop.logging, "warning", lambda text, *values: warnings.append(text % values))
+    folder = {name.replace("train", "eval"): value for name, value in damaged.items()}
+    config = make_config(data=folder | {"on_error": "skip", "max_bad_fraction": 0.1})
+    weights = load_weights(undisturbed[1])
+    weights = dataclasses.replace(weights, classes=tuple(Category(10 * i, f"kind {i}") for i in range(5)))
+    loop.evaluate(config, weights)
+    assert warnings[-1] == "1 damaged pictures count as if nothing had been found in them: ['picture_7.jpg']"
 
 
 def test_a_config_read_back_is_the_config(undisturbed):

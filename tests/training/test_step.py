@@ -37,10 +37,11 @@ class StandIn(nn.Module):
     num_queries: int = QUERIES
     num_logits: int = CLASSES
     dropout: float = 0.0
+    pooled: bool = False  # then it takes pictures of any size
 
     @nn.compact
     def __call__(self, images, sizes_hw, train=False):
-        x = images.reshape(len(images), -1) / 255.0 - 0.5
+        x = (images.mean((1, 2)) if self.pooled else images.reshape(len(images), -1)) / 255.0 - 0.5
         x = nn.Dropout(self.dropout, deterministic=not train)(nn.tanh(nn.Dense(7, name="backbone")(x)))
         features = self.num_logits + 4
         x = nn.Dense(LAYERS * self.num_queries * features, name="heads")(x)
@@ -254,6 +255,19 @@ def test_moving_average_follows_its_formula():
     evaluated = parallel.first(state.eval_variables["params"])
     jax.tree.map(np.testing.assert_array_equal, evaluated, actual)
     assert np.abs(actual["heads"]["bias"] - params["heads"]["bias"]).max() > 1e-3
+
+
+def test_parts_of_different_shapes_weigh_what_their_targets_do():
+    functions = make_functions(StandIn(pooled=True))
+    trainer = parallel.Trainer(functions, jax.local_devices()[:1])
+    parts = [make_batch((3, 1)), make_batch((2, 0), shape=(8, 3), seed=1)]
+
+    def total(parts):
+        return float(trainer.step(trainer.replicate(make_state(functions)), parts)[1].total[0])
+
+    alone = [total([part]) for part in parts]
+    assert abs(alone[0] - alone[1]) > 0.1
+    np.testing.assert_allclose(total(parts), (4 * alone[0] + 2 * alone[1]) / 6, **CLOSE)
 
 
 def test_another_number_of_targets_leaves_the_network_compiled(monkeypatch):
