@@ -3,23 +3,25 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
+import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image
 
 from cdetr_jax import build
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.data.pipeline import Batches
 from cdetr_jax.data.plan import EpochPlan, real_pixels, real_pixels_otherwise
 from cdetr_jax.data.reader import usable_cores
-from cdetr_jax.data.sources import CocoFolder, Source
+from cdetr_jax.data.sources import BadPictureError, CocoFolder, Source, open_image
 from cdetr_jax.data.transforms import transform_picture
 from cdetr_jax.models.detector import MEAN_RGB, STD_RGB
 from cdetr_jax.structs import Batch
@@ -28,6 +30,8 @@ from cdetr_jax.training.step import new_rng
 
 _SAMPLE = 64  # pictures whose stages are timed
 _TURNS = 5  # of each way, with --plain
+
+_Plans = Callable[[int], EpochPlan]  # of each epoch
 
 
 def run(arguments: argparse.Namespace, fields: list[str]) -> None:
@@ -42,32 +46,36 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     source = build.make_source(config, "train")
     classes = build.class_table(source.categories, config.data.class_ids, config.model.num_classes)
     shapes = build.train_shapes(config, source)
+    plan_of = functools.cache(functools.partial(build.make_plan, config, source, shapes))
     start = time.perf_counter()
-    plan = build.make_plan(config, source, shapes, 0)
+    plan = plan_of(0)
     plan_s = time.perf_counter() - start
 
     with contextlib.closing(build.make_train_batches(config, source, classes, (0, 0))) as batches:
         reading = batches.reading
-        print(f"{arguments.config}: {len(source)} pictures of {config.data.source}, batches of {plan.rows.shape[1]}")
+        parts, size = config.train.accumulation_steps, plan.rows.shape[1]
+        batched = f"batches of {size}" if parts == 1 else f"parts of {size}, {parts} a step"
+        print(f"{arguments.config}: {len(source)} pictures of {config.data.source}, {batched}")
         how = [_count(reading.workers, "process", "es")] * bool(reading.workers)
         how += [_count(reading.threads_each, "thread", "s")]
         print(f"read by {' x '.join(how)} on {_count(usable_cores(), 'core', 's')}\n")
-        first_s, flow = _time_flow(batches, arguments.batches)
-        plain = _time_plain(batches, source, plan, arguments.batches) if arguments.plain else {}
-    _print_line("plan of an epoch", plan_s, "s", f"{len(plan)} batches")
-    _print_line("first batch after", first_s, "s")
+        first_s, flow = _time_flow(batches, arguments.batches, plan.shapes_hw.prod(-1).mean())
+        plain = _time_plain(batches, source, plan_of, arguments.batches) if arguments.plain else {}
+    _print_line("plan of an epoch", plan_s, "s", f"{len(plan)} {'batches' if parts == 1 else 'parts'}")
+    _print_line(f"first {'batch' if parts == 1 else 'part'} after", first_s, "s")
     _print_line("padded shapes", len(np.unique(plan.shapes_hw, axis=0)), "", f"of {len(shapes)}, in this epoch")
     _print_line("real pixels", 100 * real_pixels(plan), "%", _other_paddings(plan, config.data.long_side_max_px))
     _print_line("input", flow.pictures / flow.wall_s, "images/s", f"{flow.pictures} pictures in {flow.wall_s:.1f} s")
     per_core = flow.pictures / flow.cpu_s
     _print_line("input, per core", per_core, "images/s", f"{1000 / per_core:.1f} ms of one core for a picture")
 
-    print(f"\nstages of a picture, one after the other on one core; means of {_SAMPLE}")
-    stages = _time_stages(config, source, plan) | _time_transfer(flow.batch)
+    stages, timed = _time_stages(config, source, plan)
+    stages |= _time_transfer(flow.batch)
+    print(f"\nstages of a picture, one after the other on one core; means of {timed}")
     for stage, seconds in stages.items():
         _print_line("  " + stage, 1000 * seconds, "ms", f"{100 * seconds / sum(stages.values()):3.0f} %")
     if plain:
-        print(f"\na straightforward loader of one process and thread, same work; medians of {_TURNS} turns")
+        print(f"\na straightforward loader of one process and thread, on the same pictures; medians of {_TURNS} turns")
     for name, figures in plain.items():
         note = f"the input is {figures.times:.2f} times as fast, {figures.times_per_core:.2f} times per core"
         _print_line("  " + name, figures.speed, "images/s", note)
@@ -76,7 +84,8 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         eats = config.train.batch_size / step_s
         height, width = flow.batch.images.shape[1:3]
         print()
-        _print_line("train step eats", eats, "images/s", f"{step_s:.3f} s a step at {height} x {width}")
+        note = f"{step_s:.3f} s a step at {height} x {width}, the timed shape nearest to the mean area"
+        _print_line("train step eats", eats, "images/s", note)
         enough = flow.pictures / flow.wall_s / eats
         cores = eats / per_core
         _print_line("input / step", enough, "times", f"a step's pictures take {cores:.2g} cores to read")
@@ -95,26 +104,39 @@ def _print_line(name: str, value: float, unit: str, note: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Flow:
-    """What a number of batches took, and the last of them."""
+    """What a number of batches took, which they were, and one of them.
 
+    Attributes:
+      first: the first that was read, counted from the start of epoch 0.
+      batch: the one whose padded area is nearest to what was wanted.
+    """
+
+    first: int
     batch: Batch
     pictures: int
     wall_s: float
     cpu_s: float
 
 
-def _time_flow(batches: Batches, count: int) -> tuple[float, _Flow]:
+def _time_flow(batches: Batches, count: int, area_px: float = 0.0) -> tuple[float, _Flow]:
     """Seconds until the first batch, and what `count` more took, with a consumer that does nothing else."""
+
+    def distance(batch: Batch) -> float:
+        return abs(math.prod(batch.images.shape[1:3]) - area_px)
+
     start = time.perf_counter()
-    batch = next(batches)
+    next(batches)
     first_s = time.perf_counter() - start
     batches.wait()  # what is read ahead of the first timed batch must not count, what is read ahead of the last must
+    epoch, batch = batches.position
+    first = epoch * batches.batches_per_epoch + batch + batches.read_ahead
     start, cpu = time.perf_counter(), batches.cpu_s()
-    pictures = 0
+    pictures, nearest = 0, None
     for batch in itertools.islice(batches, count):
         pictures += int((batch.index >= 0).sum())
+        nearest = min(nearest or batch, batch, key=distance)
     batches.wait()
-    return first_s, _Flow(batch, pictures, time.perf_counter() - start, batches.cpu_s() - cpu)
+    return first_s, _Flow(first, nearest, pictures, time.perf_counter() - start, batches.cpu_s() - cpu)
 
 
 def _other_paddings(plan: EpochPlan, long_side_max_px: int) -> str:
@@ -131,65 +153,81 @@ class _Plain(NamedTuple):
     times_per_core: float
 
 
-def _time_plain(batches: Batches, source: Source, plan: EpochPlan, count: int) -> dict[str, _Plain]:
-    """Ours and two plain loaders in turns, so that all meet the same machine."""
+def _time_plain(batches: Batches, source: Source, plan_of: _Plans, count: int) -> dict[str, _Plain]:
+    """Ours and two plain loaders in turns, each time on the same batches, so that all meet the same machine."""
     normalised = {"as uint8, as ours": False, "as normalised float32": True}
-    order = itertools.cycle(range(len(plan)))
+    skip = batches.reading.on_error == "skip"
     speeds: dict[str, list[tuple[float, float]]] = {"ours": [], **{name: [] for name in normalised}}
     for _ in range(_TURNS):
         flow = _time_flow(batches, -(-count // _TURNS))[1]
         speeds["ours"].append((flow.pictures / flow.wall_s, flow.pictures / flow.cpu_s))
+        places = [divmod(flow.first + i, batches.batches_per_epoch) for i in range(-(-count // _TURNS))]
+        same = [(plan_of(epoch).rows[batch], plan_of(epoch).shapes_hw[batch]) for epoch, batch in places]
         for name, normalise in normalised.items():
-            start, cpu, pictures = time.perf_counter(), time.process_time(), 0
-            for batch in itertools.islice(order, -(-count // _TURNS)):
-                _load_plainly(source, plan.rows[batch], plan.shapes_hw[batch], normalise)
-                pictures += plan.rows.shape[1]
+            start, cpu = time.perf_counter(), time.process_time()
+            pictures = sum(len(_load_plainly(source, *batch, normalise, skip)) for batch in same)
             speeds[name].append((pictures / (time.perf_counter() - start), pictures / (time.process_time() - cpu)))
-    speed, per_core = np.median(speeds.pop("ours"), axis=0)
-    medians = {name: np.median(turns, axis=0) for name, turns in speeds.items()}
-    return {name: _Plain(wall, speed / wall, per_core / cpu) for name, (wall, cpu) in medians.items()}
+    ours = np.array(speeds.pop("ours"))
+    return {
+        name: _Plain(np.median(turns, axis=0)[0], *np.median(ours / turns, axis=0)) for name, turns in speeds.items()
+    }
 
 
-def _load_plainly(source: Source, rows: np.ndarray, shape_hw: np.ndarray, normalise: bool) -> np.ndarray:
-    """A batch as anyone would read it: one picture after the other; with `normalise` made ready for a network."""
+def _load_plainly(
+    source: Source, rows: np.ndarray, shape_hw: np.ndarray, normalise: bool, skip: bool = False
+) -> np.ndarray:
+    """A batch as anyone would read it: one picture after the other; with `normalise` made ready for a network.
+
+    With `skip`, damaged pictures are left out.
+    """
     images = np.zeros((len(rows), *shape_hw, 3), np.float32 if normalise else np.uint8)
-    for image, row in zip(images, rows, strict=True):
-        index = int(row["index"])
-        picture = source.open_image(index) if isinstance(source, CocoFolder) else source.load_image(index)
-        picture = transform_picture(picture if isinstance(picture, Image.Image) else Image.fromarray(picture), row)
+    count = 0
+    for row in rows:
+        try:
+            picture = transform_picture(open_image(source, int(row["index"])), row)
+        except BadPictureError:
+            if not skip:
+                raise
+            continue
         pixels = np.array(picture)
         if normalise:
             pixels = (pixels.astype(np.float32) / 255 - np.float32(MEAN_RGB)) / np.float32(STD_RGB)
-        image[: picture.height, : picture.width] = pixels
-    return images
+        images[count, : picture.height, : picture.width] = pixels
+        count += 1
+    return images[:count]
 
 
-def _time_stages(config: ml_collections.ConfigDict, source: Source, plan: EpochPlan) -> dict[str, float]:
-    """Mean seconds of each stage, of pictures from all over the plan, in this thread."""
+def _time_stages(config: ml_collections.ConfigDict, source: Source, plan: EpochPlan) -> tuple[dict[str, float], int]:
+    """Mean seconds of each stage, of pictures from all over the plan, in this thread; and of how many."""
     rows = plan.rows.reshape(-1)
     rows = rows[np.linspace(0, len(rows) - 1, _SAMPLE).astype(int)]
     shapes_hw = np.repeat(plan.shapes_hw, plan.rows.shape[1], axis=0)
     shapes_hw = shapes_hw[np.linspace(0, len(shapes_hw) - 1, _SAMPLE).astype(int)]
-    folder = config.data.train_images if config.data.source == "coco_folder" else None
-    stages = {"read": 0.0} if folder else {}
-    decode = "decode" if folder else "read and decode"
+    folder = Path(config.data.train_images.strip()) if isinstance(source, CocoFolder) else None
+    names = [*(["read", "decode"] if folder else ["read and decode"]), "flip, crop, resize", "pad"]
+    seconds = []
     for row, shape_hw in zip(rows, shapes_hw, strict=True):
         index = int(row["index"])
         times = [time.perf_counter()]
-        if folder:  # after this the file is in memory, so that loading it is decoding it
-            (Path(folder) / source.records[index].file_name).read_bytes()
-            times.append(time.perf_counter())
-        image = source.load_image(index)
+        try:
+            if folder:  # after this the file is in memory, so that opening it is decoding it
+                (folder / source.records[index].file_name).read_bytes()
+                times.append(time.perf_counter())
+            picture = open_image(source, index)
+        except (BadPictureError, OSError):  # OSError: the file is missing
+            if config.data.on_error != "skip":
+                raise
+            continue
         times.append(time.perf_counter())
-        picture = transform_picture(Image.fromarray(image), row)
+        picture = transform_picture(picture, row)
         times.append(time.perf_counter())
         padded = np.zeros((*shape_hw, 3), np.uint8)
         padded[: picture.height, : picture.width] = np.asarray(picture)
         times.append(time.perf_counter())
-        names = [*(["read"] if folder else []), decode, "flip, crop, resize", "pad"]
-        for name, seconds in zip(names, np.diff(times), strict=True):
-            stages[name] = stages.get(name, 0.0) + seconds / _SAMPLE
-    return stages
+        seconds.append(np.diff(times))
+    if not seconds:
+        raise BadPictureError(f"none of {_SAMPLE} pictures can be read")
+    return dict(zip(names, np.mean(seconds, axis=0), strict=True)), len(seconds)
 
 
 def _time_transfer(batch: Batch) -> dict[str, float]:

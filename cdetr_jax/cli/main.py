@@ -164,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--targets", type=int, default=7, metavar="N", help="objects a picture (default: 7)")
     benchmark.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default: 10)")
     benchmark.add_argument("--batches", type=int, default=40, metavar="N", help="input: timed batches (default: 40)")
-    benchmark.add_argument("--step", action="store_true", help="input: also time train steps on the last batch")
+    benchmark.add_argument("--step", action="store_true", help="input: also time train steps at the mean area")
     benchmark.add_argument(
         "--plain", action="store_true", help="input: also time a straightforward loader of one process and thread"
     )

@@ -192,6 +192,11 @@ class Batches:
         self.position = (epoch, step + 1) if step + 1 < self.batches_per_epoch else (epoch + 1, 0)
         return batch
 
+    @property
+    def read_ahead(self) -> int:
+        """Number of batches that were asked for and have not come out yet."""
+        return len(self._pending)
+
     def wait(self) -> None:
         """Waits until all that was asked for ahead has been read."""
         futures.wait([future for _, waiting in self._pending for future in waiting])
