@@ -1,6 +1,7 @@
 """A training run and an evaluation, read top to bottom."""
 
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.checkpoints.io import Checkpoints
+from cdetr_jax.data.pipeline import sizes_hw
 from cdetr_jax.data.sources import Source
 from cdetr_jax.evaluation.coco_eval import CocoMetrics, coco_average_precision
 from cdetr_jax.losses.criterion import Losses
@@ -78,7 +80,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     functions = build.make_step_functions(config, len(classes), schedules)
     trainer = Trainer(functions)
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
-    state, start_step = _initial_state(config, functions, checkpoints, steps_per_epoch, classes)
+    plan_of = {"steps_per_epoch": steps_per_epoch, "pictures": _fingerprint(source)}
+    state, start_step = _initial_state(config, functions, checkpoints, plan_of, classes)
     parts_per_step = config.train.accumulation_steps
     epoch, step_of_epoch = divmod(start_step, steps_per_epoch)
     batches = build.make_train_batches(config, source, classes, (epoch, step_of_epoch * parts_per_step), host)
@@ -158,7 +161,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
                     logging.info("step %d: AP %.4f, AP50 %.4f", step, summary["AP"], summary["AP50"])
                     scores = {"AP": summary["AP"]}
                 epoch, position = divmod(step, steps_per_epoch)
-                position = {"epoch": epoch, "batch": position, "steps_per_epoch": steps_per_epoch}
+                position = {"epoch": epoch, "batch": position, **plan_of}
                 saved = first(state)
                 _check_finite_parameters(step, saved.params)
                 checkpoints.save(step, saved, position, scores)
@@ -216,7 +219,7 @@ def _initial_state(
     config: ml_collections.ConfigDict,
     functions: Any,
     checkpoints: Checkpoints,
-    steps_per_epoch: int,
+    plan_of: dict[str, Any],
     classes: build.ClassTable,
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or a new state and 0."""
@@ -230,14 +233,21 @@ def _initial_state(
             state = _start_from(initial, state, classes, checkpoints.directory.parent)
         return state, 0
     state, position = checkpoints.restore(step, _template(config, functions))
-    if position["steps_per_epoch"] != steps_per_epoch:
+    if position["steps_per_epoch"] != plan_of["steps_per_epoch"]:
         raise ValueError(
             f"the run in {checkpoints.directory.parent} has {position['steps_per_epoch']} steps an epoch, but the "
-            f"training data and config.train.batch_size now give {steps_per_epoch}; use the same data, or "
+            f"training data and config.train.batch_size now give {plan_of['steps_per_epoch']}; use the same data, or "
             "another workdir"
         )
+    if (plan_of | position)["pictures"] != plan_of["pictures"]:
+        logging.warning("The training pictures have other sizes than before: from here on the epochs' plans are others")
     logging.info("Going on from step %d, in %s", step, checkpoints.directory)
     return state, step
+
+
+def _fingerprint(source: Source) -> str:
+    """Of all that a plan depends on in the data: with another one, (epoch, batch) means other pictures."""
+    return f"{zlib.crc32(sizes_hw(source).tobytes()):08x}"
 
 
 def _start_from(initial: Weights | Backbone, state: TrainState, classes: build.ClassTable, workdir: Path) -> TrainState:

@@ -385,6 +385,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(field, undisturbed, tmp_
 # ------------------------------------------------------------------------------------------- a damaged picture
 
 
+def test_other_pictures_than_before_are_noticed(undisturbed, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(loop.logging, "warning", lambda text, *values: warnings.append(text % values))
+    config = make_config(train={"max_steps": 1})
+    for sizes, expected in (([[32, 32]], 0), ([[32, 32]], 0), ([[32, 31]], 1)):
+        monkeypatch.setattr(loop, "sizes_hw", lambda _, sizes=sizes: np.array(sizes))
+        loop.train_and_evaluate(config, tmp_path)
+        assert sum("pictures have other sizes than before" in warning for warning in warnings) == expected
+
+
 @pytest.fixture
 def damaged(tmp_path):
     """A COCO folder of 12 JPEG files, one of them cut off."""
