@@ -6,11 +6,15 @@ The archives come from a server on this machine that takes the place of COCO's, 
 import collections
 import fcntl
 import http.server
+import json
+import re
 import shutil
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from coco_archives import FILE_NAMES, write_archives
 
@@ -55,6 +59,50 @@ def tfds(monkeypatch):
     for name in ("tensorflow", "array_record", "importlib_resources"):
         pytest.importorskip(name)
     return pytest.importorskip("tensorflow_datasets")
+
+
+def rewrite(archives, folder, name, change):
+    """Copies the archives, with the members of one of them changed."""
+    folder.mkdir(exist_ok=True)
+    for file in FILE_NAMES:
+        shutil.copy(archives / file, folder)
+    with zipfile.ZipFile(archives / name) as old, zipfile.ZipFile(folder / name, "w") as new:
+        for member in old.namelist():
+            new.writestr(member, change(member, old.read(member)))
+
+
+def all_are_dogs(_, content):
+    instances = json.loads(content)
+    for annotation in instances["annotations"]:
+        annotation["category_id"] = 18
+    return json.dumps(instances)
+
+
+@pytest.fixture
+def rev_set(tfds):
+    """A set with two configs, registered with TFDS; needs no download."""
+
+    class RevSet(tfds.core.GeneratorBasedBuilder):
+        """Three pictures of trees."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="first"), tfds.core.BuilderConfig(name="second")]  # noqa: RUF012
+
+        def _info(self):
+            objects = {"bbox": tfds.features.BBoxFeature(), "label": tfds.features.ClassLabel(names=["oak", "elm"])}
+            features = {"image": tfds.features.Image(), "objects": tfds.features.Sequence(objects)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            box = {"label": "elm", "bbox": tfds.features.BBox(0.1, 0.1, 0.5, 0.5)}
+            for i in range(3):
+                yield i, {"image": np.full((40, 50, 3), i, np.uint8), "objects": [box]}
+
+    yield RevSet
+    tfds.core.registered._DATASET_REGISTRY.pop("rev_set")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +156,7 @@ def test_download_and_prepare(tfds, server, archives, tmp_path, capsys, caplog):
     whole = (archives / "val2017.zip").read_bytes()
     (downloads / "val2017.zip.part").write_bytes(whole[:5000])  # of a process that was killed,
     (version / "incomplete.XYZABC_1.1.0").mkdir(parents=True)  # and another one
+    (tmp_path / "downloads" / "incomplete.unpacked" / "ZIP.val2017.zip").mkdir(parents=True)
     arguments = ["prepare", "--dataset=coco/2017", f"--data_dir={tmp_path}", "--any-archives"]
     run(arguments)
     found = capsys.readouterr()
@@ -115,9 +164,10 @@ def test_download_and_prepare(tfds, server, archives, tmp_path, capsys, caplog):
     assert server.asked["train2017.zip"] == [0, third, 2 * third]
     assert server.asked["val2017.zip"] == [5000]
     assert {path.name for path in downloads.iterdir()} == set(FILE_NAMES)
+    assert not (tmp_path / "downloads" / "incomplete.unpacked").exists()
     assert all((downloads / name).read_bytes() == (archives / name).read_bytes() for name in FILE_NAMES)
-    assert f"coco/2017 is prepared in {version}/1.1.0\npictures: train 6, validation 9, test 1\n" in found.out
-    assert f"--config.data.tfds_data_dir={tmp_path}" in found.out
+    assert f"coco/2017:1.1.0 is prepared in {version}/1.1.0\npictures: train 6, validation 9, test 1\n" in found.out
+    assert f"--config.data.tfds_name=coco/2017:1.1.0 --config.data.tfds_data_dir={tmp_path}" in found.out
     assert "27.1 GB to download, about 27.1 GB to unpack and" in caplog.text
     caplog.clear()
     assert [path.name for path in version.iterdir()] == ["1.1.0"]
@@ -127,7 +177,7 @@ def test_download_and_prepare(tfds, server, archives, tmp_path, capsys, caplog):
     shutil.rmtree(tmp_path / "downloads")
     run(arguments)
     found = capsys.readouterr()
-    assert found.out.startswith(f"coco/2017 was prepared in {version}/1.1.0\npictures: train 6, validation 9, test 1\n")
+    assert found.out.startswith(f"coco/2017:1.1.0 was prepared in {version}/1.1.0\npictures: train 6, validation 9,")
     assert "to download" not in caplog.text
     assert sum(map(len, server.asked.values())) == asked
 
@@ -163,7 +213,8 @@ def test_archives_that_are_not_the_published_ones(tfds, archives, tmp_path, caps
 
     monkeypatch.setattr(tfds_prepare, "_check_sizes", lambda *_: None)  # of the same size, but of other content
     line = fails(capsys, "--dataset=coco/2017", f"--data_dir={tmp_path}", f"--archives={archives}")
-    assert "has wrong checksum" in line
+    assert "2017.zip, has wrong checksum, so it is not the published file: delete it and call again" in line
+    assert line.endswith("with --any-archives")
     assert not any((tmp_path / "coco" / "2017").iterdir())
 
 
@@ -177,12 +228,79 @@ def test_a_damaged_archive(tfds, archives, tmp_path, capsys):
     )
     assert "val2017.zip" in line
     assert "zip" in line.split("val2017.zip")[-1]
+    assert line.endswith("delete it and call again to have it downloaded")
+
+
+def test_archives_of_the_same_names_but_other_content(tfds, archives, tmp_path, monkeypatch):
+    from cdetr_jax.data.tfds_source import TfdsSource
+
+    extracted = []
+    extract = tfds.core.download.extractor._Extractor.extract
+    monkeypatch.setattr(
+        tfds.core.download.extractor._Extractor,
+        "extract",
+        lambda self, path, *rest: (extracted.append(Path(path).name), extract(self, path, *rest))[1],
+    )
+    rewrite(archives, tmp_path / "other", "annotations_trainval2017.zip", all_are_dogs)
+    arguments = ["prepare", "--dataset=coco/2017", f"--data_dir={tmp_path}", "--any-archives"]
+    for folder, count, labels in (
+        (archives, 5, {1, 13, 27, 90}),
+        (archives, 0, {1, 13, 27, 90}),  # of a process that was killed while it wrote records
+        (tmp_path / "other", 5, {18}),
+    ):
+        extracted.clear()
+        run([*arguments, f"--archives={folder}"])
+        assert len(extracted) == count
+        records = TfdsSource("coco/2017", tmp_path, "validation").records
+        assert {label for record in records for label in record.category_ids.tolist()} == labels
+        shutil.rmtree(tmp_path / "coco")
+    rewrite(archives, tmp_path / "other", "annotations_trainval2017.zip", lambda _, content: content)
+    run([*arguments, f"--archives={tmp_path / 'other'}"])
+    records = TfdsSource("coco/2017", tmp_path, "validation").records
+    assert {label for record in records for label in record.category_ids.tolist()} == {1, 13, 27, 90}
+
+
+def test_a_picture_without_a_size(tfds, archives, tmp_path, capsys):
+    from cdetr_jax.data.tfds_source import find_prepared
+
+    with zipfile.ZipFile(archives / "val2017.zip") as content:
+        bad = content.namelist()[4]
+    rewrite(archives, tmp_path / "bad", "val2017.zip", lambda name, content: content[: 100 if name == bad else None])
+    arguments = ["--dataset=coco/2017", f"--data_dir={tmp_path}", f"--archives={tmp_path}/bad", "--any-archives"]
+    folder = tmp_path / "coco" / "2017" / "1.1.0"
+    for _ in range(2):
+        line = fails(capsys, *arguments)
+        assert f"coco/2017:1.1.0 validation: {Path(bad).name}: cannot read this picture" in line
+        assert f"delete {folder} and prepare" in line
+        assert line.endswith(f"It was deleted just now: put sound archives in {tmp_path}/bad, call again")
+        assert not any(folder.parent.iterdir())
+    shutil.copy(archives / "val2017.zip", tmp_path / "bad")
+    run(["prepare", *arguments])
+    assert Path(find_prepared("coco/2017", tmp_path)) == folder
+
+
+@pytest.mark.parametrize("step", ["unpacking", "records"])
+def test_a_disk_that_becomes_full(tfds, archives, tmp_path, capsys, monkeypatch, step):
+    arguments = ["--dataset=coco/2017", f"--data_dir={tmp_path}", f"--archives={archives}", "--any-archives"]
+
+    def write(*_, **__):
+        raise RuntimeError("INTERNAL: write failed: No space left on device")
+
+    with monkeypatch.context() as patch:
+        if step == "unpacking":
+            patch.setattr("tensorflow_datasets.core.download.extractor._copy", write)
+        else:
+            patch.setattr("tensorflow_datasets.core.writer.Writer.finalize", write)
+        line = fails(capsys, *arguments)
+    assert f"the disk of {tmp_path} became full, 1000.0 GB are free now; free some more and call the same" in line
+    run(["prepare", *arguments])
+    assert "is prepared" in capsys.readouterr().out
 
 
 def test_too_little_space(tfds, server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: USAGE(10**12, 0, 70 * 10**9))
     line = fails(capsys, "--dataset=coco/2017", f"--data_dir={tmp_path}")
-    assert "coco/2017 needs about 81.2 GB" in line
+    assert "coco/2017:1.1.0 needs about 81.2 GB" in line
     assert "only 70.0 GB are free; free 11.2 GB or name another --data_dir" in line
     assert not server.asked
 
@@ -199,12 +317,34 @@ def test_two_at_once(tfds, tmp_path, capsys):
     [
         ("cocoo/2017", "TFDS has no set 'cocoo/2017'"),
         ("coco/2018", "TFDS cannot make 'coco/2018'"),
-        ("mnist", "mnist cannot be trained on: it needs the features image, objects/bbox and objects/label"),
+        ("mnist", "mnist:3.0.1 cannot be trained on: it needs the features image, objects/bbox and objects/label"),
     ],
 )
 def test_sets_that_cannot_be_made(tfds, tmp_path, capsys, name, message):
     assert message in fails(capsys, f"--dataset={name}", f"--data_dir={tmp_path}/new")
     assert not Path(tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("rev_set", "first"), ("RevSet/second", "second"), ("rev_set/second:1.*.*", "second"), ("rev_set:1.0.0", "first")],
+)
+def test_names_are_resolved(rev_set, tmp_path, capsys, name, config):
+    from cdetr_jax.data.tfds_source import TfdsSource
+
+    for was in ("is", "was"):
+        run(["prepare", f"--dataset={name}", f"--data_dir={tmp_path}"])
+        out = capsys.readouterr().out
+        assert out.startswith(f"rev_set/{config}:1.0.0 {was} prepared in {tmp_path}/rev_set/{config}/1.0.0\n")
+    (given,) = re.findall(r"--config\.data\.tfds_name=(\S+)", out)
+    assert len(TfdsSource(given, tmp_path, "train")) == 3
+
+
+def test_a_set_that_is_there_as_tfrecord(rev_set, tmp_path, capsys):
+    rev_set(data_dir=str(tmp_path), config="second", file_format="tfrecord").download_and_prepare()
+    line = fails(capsys, "--dataset=rev_set/second", f"--data_dir={tmp_path}")
+    assert f"error: {tmp_path}/rev_set/second/1.0.0 holds the set as tfrecord files, which cannot be read at" in line
+    assert line.endswith("name another --data_dir to prepare it there")
 
 
 def test_not_a_local_folder(tmp_path, capsys):

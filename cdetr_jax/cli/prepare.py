@@ -20,10 +20,10 @@ def run(arguments: argparse.Namespace) -> None:
         check_archives=not arguments.any_archives,
     )
     counts = ", ".join(f"{split} {count}" for split, count in done.pictures.items())
-    print(f"{arguments.dataset} {'was' if done.was_there else 'is'} prepared in {done.folder}\npictures: {counts}")
+    print(f"{done.name} {'was' if done.was_there else 'is'} prepared in {done.folder}\npictures: {counts}")
     if done.leftovers and not done.was_there:
         print(f"{done.leftovers} is not needed any more")
     print(
-        f"train on it with --config.data.source=tfds --config.data.tfds_name={arguments.dataset} "
+        f"train on it with --config.data.source=tfds --config.data.tfds_name={done.name} "
         f"--config.data.tfds_data_dir={arguments.data_dir}"
     )

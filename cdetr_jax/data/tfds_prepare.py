@@ -5,9 +5,11 @@ on where it was interrupted.
 """
 
 import contextlib
+import errno
 import fcntl
 import http.client
 import io
+import json
 import os
 import shutil
 import ssl
@@ -23,11 +25,13 @@ from typing import Any, NamedTuple
 from absl import logging
 from tqdm import tqdm
 
+from cdetr_jax.data.sources import BadPictureError
 from cdetr_jax.data.tfds_source import TfdsSource, check_features, import_tfds, missing_package
 
 _BLOCK = 1 << 20
 _ATTEMPTS = 5  # without a single new byte
 _TIMEOUT_S = 60
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _NETWORK_ERRORS = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -42,12 +46,14 @@ class Prepared(NamedTuple):
     """A set that is ready to be read.
 
     Attributes:
+      name: that it is found by, with config and version, "coco/2017:1.1.0".
       folder: that holds its files.
       pictures: number of them in each split.
       was_there: whether nothing had to be done.
       leftovers: folder of what was downloaded and unpacked, which is not needed any more; None if there is none.
     """
 
+    name: str
     folder: Path
     pictures: dict[str, int]
     was_there: bool
@@ -67,43 +73,58 @@ def prepare(
     Interrupted, it goes on when called again: whole archives are not fetched again, part of one is completed, and the
     writing of the records starts anew.
     Args:
-      name: as TFDS has it, "coco/2017".
+      name: as TFDS has it, "coco/2017"; without a config TFDS's default one, without a version the newest.
       data_dir: local folder for TFDS sets.
       archives: folder of the set's archives, under their published names; those that are not there are downloaded to
         it. Default: `data_dir/downloads/archives`.
       check_archives: whether archives must have the published content, by their SHA-256.
       say: told what is to be done, line by line.
-    Raises: ModuleNotFoundError, if TFDS is not installed; ValueError, if there is no such set, it has no boxes, or an
-      archive is not the published one; OSError, if there is too little space, or no network where one is needed.
+    Raises: ModuleNotFoundError, if TFDS is not installed; ValueError, if there is no such set, it has no boxes, it lies
+      there in a format that cannot be read at random, an archive is not the published one, or the size of a picture
+      cannot be read; OSError, if there is too little space, or no network where one is needed.
     """
     if "://" in str(data_dir):
         raise ValueError(f"--data_dir={data_dir} is not a local folder: prepare the set in one, then copy it there")
     root = Path(data_dir).expanduser()
     builder = _make_builder(name, root)
+    name = _full_name(builder)
     check_features(name, builder.info.features)
     folder = Path(builder.data_path)
     downloads = root / "downloads"
     with _quiet():
         is_prepared = builder.is_prepared()
     if is_prepared:
-        return Prepared(folder, _open_all(name, root, builder), True, downloads if downloads.exists() else None)
+        return Prepared(name, folder, _open_all(name, root, builder), True, downloads if downloads.exists() else None)
 
     root.mkdir(parents=True, exist_ok=True)
     with _lock(root / ".cdetr-prepare.lock"):
-        for place in (folder.parent, downloads / "extracted"):
-            for junk in place.glob("incomplete.*"):  # of a process that was killed: we hold the lock
-                shutil.rmtree(junk)
         archives = Path(archives).expanduser() if archives else downloads / "archives"
+        unpacked = downloads / "unpacked"
+        for place, names in (folder.parent, "*"), (downloads, unpacked.name), (unpacked, "*"):
+            for junk in place.glob(f"incomplete.{names}"):  # of a process that was killed: we hold the lock
+                shutil.rmtree(junk)
+        _remove_stale(unpacked, name, archives)
         published = _published_archives(builder)
         if check_archives:
             _check_sizes(published, archives)
-        _check_space(name, root, archives, downloads / "extracted", published, say)
+        _check_space(name, root, archives, unpacked, published, say)
         for archive in published:
             if archive.url.startswith(("http://", "https://")) and not (archives / archive.file_name).exists():
-                _download(archive, archives, published, check_archives)
+                with _full_disk_told(archives):
+                    _download(archive, archives, published, check_archives)
         say(f"unpacking, and writing records to {folder}; interrupted, this part starts anew")
-        _write_records(builder, downloads, archives, check_archives)
-    return Prepared(folder, _open_all(name, root, builder), False, downloads if downloads.exists() else None)
+        with _full_disk_told(root):
+            _remove_stale(unpacked, name, archives)
+            _write_records(builder, downloads, unpacked, archives, check_archives)
+        try:
+            pictures = _open_all(name, root, builder)
+        except BadPictureError as error:
+            _remove(folder)
+            _remove(unpacked)
+            raise ValueError(
+                f"{error}. It was deleted just now: put sound archives in {archives}, call again"
+            ) from error
+    return Prepared(name, folder, pictures, False, downloads if downloads.exists() else None)
 
 
 class _Archive(NamedTuple):
@@ -130,7 +151,20 @@ def _make_builder(name: str, root: Path) -> Any:
     except ImportError as error:
         raise missing_package(error) from error
     except (ValueError, KeyError, AssertionError) as error:
+        if "File format is already set" in str(error):
+            with _quiet():
+                there = tfds.builder(name, data_dir=str(root))
+            raise ValueError(
+                f"{there.data_path} holds the set as {there.info.file_format.value} files, which cannot be read at "
+                "random: name another --data_dir to prepare it there"
+            ) from error
         raise ValueError(f"TFDS cannot make {name!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _full_name(builder: Any) -> str:
+    """The name by which `find_prepared` finds exactly this set, however it was asked for."""
+    config = f"/{builder.builder_config.name}" if builder.builder_config else ""
+    return f"{builder.name}{config}:{builder.version}"
 
 
 @contextlib.contextmanager
@@ -181,13 +215,33 @@ def _published_archives(builder: Any) -> list[_Archive]:
     return [_Archive(url, known[url].filename, int(known[url].size)) for url in urls]
 
 
-def _write_records(builder: Any, downloads: Path, archives: Path, check_archives: bool) -> None:
+def _remove_stale(unpacked: Path, name: str, archives: Path) -> None:
+    """Removes what was unpacked from other archives than those that are there now.
+
+    TFDS takes a folder `ZIP.train2017.zip` for the content of any archive of that name.
+    """
+    files = sorted(archives.glob("[!.]*")) if archives.exists() else []
+    states = [(str(file), (state := file.stat()).st_size, state.st_mtime_ns) for file in files if file.is_file()]
+    source, kept = json.dumps([name, str(archives.resolve()), *states]), unpacked / "unpacked_from.json"
+    if not kept.exists() or kept.read_text() != source:
+        if unpacked.exists():
+            _remove(unpacked)
+        unpacked.mkdir(parents=True)
+        kept.write_text(source)
+
+
+def _remove(folder: Path) -> None:
+    """Takes a folder away at one stroke, then deletes it; what a killed process leaves is deleted by the next one."""
+    shutil.rmtree(folder.rename(folder.with_name(f"incomplete.{folder.name}")))
+
+
+def _write_records(builder: Any, downloads: Path, unpacked: Path, archives: Path, check_archives: bool) -> None:
     tfds = import_tfds()
     from tensorflow_datasets.core.download import checksums
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
     from tensorflow_datasets.core.download.extractor import ExtractError
 
-    config = tfds.download.DownloadConfig(manual_dir=str(archives), try_download_gcs=False)
+    config = tfds.download.DownloadConfig(extract_dir=str(unpacked), manual_dir=str(archives), try_download_gcs=False)
     before = dict(builder.url_infos or {})
     if not check_archives:  # those that are there count as the published ones
         for url, info in before.items():
@@ -201,7 +255,13 @@ def _write_records(builder: Any, downloads: Path, archives: Path, check_archives
                 download_dir=str(downloads), download_config=config, file_format="array_record"
             )
     except (NonMatchingChecksumError, ExtractError, tfds.download.DownloadError) as error:
-        raise ValueError(f"TFDS: {' '.join(str(error).split())[:400]}") from error
+        what = " ".join(str(error).split())[:400]
+        if isinstance(error, NonMatchingChecksumError):  # which ends with two SHA-256
+            what = what.split(": *")[0] + ", so it is not the published file: delete it and call again to have it "
+            what += "downloaded, or take all archives as they are with --any-archives"
+        elif isinstance(error, ExtractError):
+            what += "; if the archive is damaged, delete it and call again to have it downloaded"
+        raise ValueError(f"TFDS: {what}") from error
     finally:
         if not check_archives and before:
             builder.url_infos.update(before)
@@ -209,32 +269,30 @@ def _write_records(builder: Any, downloads: Path, archives: Path, check_archives
 
 def _open_all(name: str, root: Path, builder: Any) -> dict[str, int]:
     """Opens every split, which also makes the tables that a training run would have to wait for."""
-    return {
-        split: len(TfdsSource(f"{name.split(':')[0]}:{builder.version}", root, split)) for split in builder.info.splits
-    }
+    return {split: len(TfdsSource(name, root, split)) for split in builder.info.splits}
 
 
 # -------------------------------------------------------------------------------------------------------- space
 
 
 def _check_space(
-    name: str, root: Path, archives: Path, extracted: Path, published: list[_Archive], say: Callable[[str], None]
+    name: str, root: Path, archives: Path, unpacked: Path, published: list[_Archive], say: Callable[[str], None]
 ) -> None:
     """Tells what will be downloaded and written. Raises: OSError, if there is no room for it."""
     sizes = [_sizes(archive, archives) for archive in published]
     missing = sum(part for part, _ in sizes)
-    unpacked = sum(
+    to_unpack = sum(
         size
         for (_, size), archive in zip(sizes, published, strict=True)
-        if not any(extracted.glob(f"*.{archive.file_name}"))
+        if not any(unpacked.glob(f"*.{archive.file_name}"))
     )
     records = sum(size for _, size in sizes)
-    needed, free = missing + unpacked + records, shutil.disk_usage(root).free
+    needed, free = missing + to_unpack + records, shutil.disk_usage(root).free
     if not published:
         say(f"{name}: TFDS does not tell how much it will download; {_gb(free)} are free in {root}")
         return
     say(
-        f"{name}: {_gb(missing)} to download, about {_gb(unpacked)} to unpack and {_gb(records)} of records to write: "
+        f"{name}: {_gb(missing)} to download, about {_gb(to_unpack)} to unpack and {_gb(records)} of records to write: "
         f"{_gb(needed)} in {root}, where {_gb(free)} are free"
     )
     if needed > free:
@@ -242,6 +300,24 @@ def _check_space(
             f"{name} needs about {_gb(needed)} in {root}, but only {_gb(free)} are free; free {_gb(needed - free)} or "
             "name another --data_dir. Afterwards only the records are needed"
         )
+
+
+@contextlib.contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    """Raises OSError, saying what to do, in place of any error that comes of a full disk, whatever TFDS makes of it."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause:
+            if getattr(cause, "errno", None) in _FULL_DISK or any(os.strerror(n) in str(cause) for n in _FULL_DISK):
+                free = _gb(shutil.disk_usage(folder).free)
+                raise OSError(
+                    f"the disk of {folder} became full, {free} are free now; free some more and call the same command "
+                    "again, which goes on"
+                ) from error
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def _check_sizes(published: list[_Archive], archives: Path) -> None:

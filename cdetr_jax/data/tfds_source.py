@@ -41,6 +41,7 @@ class TfdsSource:
 
         Args:
           name: as TFDS has it, "coco/2017" or with a version "coco/2017:1.1.0"; the newest that is there without one.
+            The config can be left out where only one is there.
           data_dir: TFDS's data_dir, the folder that holds the folder `coco`.
           split: as TFDS has it, "train", "train+validation" or "train[:1%]".
         Raises: ModuleNotFoundError, if TFDS is not installed; FileNotFoundError, if the set is not prepared;
@@ -51,7 +52,7 @@ class TfdsSource:
         folder = find_prepared(name, data_dir)
         builder = tfds.builder_from_directory(str(folder))
         objects = check_features(name, builder.info.features)
-        self._title = f"{name} {split}"
+        self._title, self._folder = f"{name} {split}", folder
         self._examples = _open_records(builder, split, folder)
         label = objects["label"]
         names = label.names  # the numbers as texts, if the set does not name them
@@ -89,8 +90,8 @@ class TfdsSource:
                 examples = self._examples.__getitems__(keys)
             except RuntimeError as error:
                 raise ValueError(
-                    f"{self._title}: records {keys[0]} to {keys[-1]} are damaged ({str(error)[:300]}); copy or prepare "
-                    "the set again"
+                    f"{self._title}: records {keys[0]} to {keys[-1]} are damaged ({str(error)[:300]}); copy the "
+                    f"set again, or delete {self._folder} and prepare the set again"
                 ) from error
             return [self._read_row(*pair) for pair in zip(keys, examples, strict=True)]
 
@@ -113,7 +114,7 @@ class TfdsSource:
             with open_checked(io.BytesIO(example["image"])) as image:
                 size_hw = image.height, image.width
         except PICTURE_ERRORS as error:
-            advice = "; its size is needed: prepare the set again from sound files"
+            advice = f"; its size is needed: delete {self._folder} and prepare the set again from sound files"
             raise bad_picture(f"{self._title}: {name}", error, advice) from error
         objects = example["objects"]
         row = {
@@ -157,20 +158,29 @@ def pixel_boxes(fractions_yxyx: np.ndarray, heights: np.ndarray, widths: np.ndar
     return np.stack([left, top, width, height], axis=-1)
 
 
-def object_areas(areas: np.ndarray, boxes_xywh_px: np.ndarray, is_exact: bool) -> np.ndarray:
+def object_areas(
+    areas: np.ndarray, boxes_xywh_px: np.ndarray, heights: np.ndarray, widths: np.ndarray, is_exact: bool
+) -> np.ndarray:
     """Areas as they were annotated, as well as they are known.
 
     TFDS's coco cuts COCO's areas to whole numbers, and COCO's limits between small, medium and large objects are whole
     numbers that belong to both sides: 1024.7 square pixels cut to 1024 would count as small, too. So such an area gets
-    half a pixel back; but where it is that of the box, cut, the box's own area is taken.
+    half a pixel back; but where it is that of the box, cut, the box's own area is taken. That is a whole number, 1024
+    and not 1024.0003, where it is one to within what TFDS's float32 fractions lose.
     Args:
       areas: [n].
+      boxes_xywh_px: [n, 4], as `pixel_boxes` has them.
+      heights, widths: [n], of the picture of each box.
       is_exact: False, if they are cut to whole numbers.
     """
     if is_exact:
         return areas
-    filled = boxes_xywh_px[:, 2] * boxes_xywh_px[:, 3]
-    return np.where(np.floor(filled) == areas, filled, areas + 0.5)
+    sides = boxes_xywh_px[:, 2:]
+    filled = sides[:, 0] * sides[:, 1]
+    is_annotated = (np.rint(sides * 100) / 100 == sides).all(-1)
+    loss = 2.0**-23 * (sides[:, 0] * heights + sides[:, 1] * widths)  # a float32 step at each edge
+    is_whole = np.abs(filled - areas) <= np.where(is_annotated, 1e-12 * areas, loss)
+    return np.where(is_whole, areas, np.where(np.floor(filled) == areas, filled, areas + 0.5))
 
 
 def category_ids_of(names: Sequence[str]) -> list[int]:
@@ -196,7 +206,9 @@ def _records(table: Table, label_ids: np.ndarray, area_is_exact: bool) -> tuple[
     boxes = pixel_boxes(table["bbox"], heights, widths)
     category_ids = label_ids[table["label"]]
     crowds = table.get("is_crowd", np.zeros(len(boxes), bool))
-    areas = object_areas(table["area"], boxes, area_is_exact) if "area" in table else boxes[:, 2] * boxes[:, 3]
+    areas = boxes[:, 2] * boxes[:, 3]
+    if "area" in table:
+        areas = object_areas(table["area"], boxes, heights, widths, area_is_exact)
 
     ends = np.cumsum(counts)
     order = np.argsort(ids, kind="stable").tolist()
@@ -240,11 +252,15 @@ def find_prepared(name: str, data_dir: str | os.PathLike) -> Any:
         raise ValueError(f"config.data.tfds_name is {name!r}, expected a name such as coco/2017 or coco/2017:1.1.0")
     base, config, version = match.groups()
     parent = epath.Path(data_dir).expanduser() / base / (config or "")
-    versions = {
-        tuple(map(int, folder.name.split("."))): folder
-        for folder in (parent.iterdir() if parent.exists() else ())
-        if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) and (folder / "features.json").exists()
-    }
+    versions = _versions(parent)
+    if not versions and not config and parent.exists():
+        configs = {folder.name: found for folder in parent.iterdir() if (found := _versions(folder))}
+        if len(configs) > 1:
+            raise ValueError(
+                f"{name} names no config, and {parent} has several: say which, one of "
+                f"{', '.join(f'{base}/{config}' for config in sorted(configs))}"
+            )
+        versions = next(iter(configs.values()), {})
     wanted = tuple(map(int, version.split("."))) if version else max(versions, default=None)
     if wanted in versions:
         return versions[wanted]
@@ -252,6 +268,15 @@ def find_prepared(name: str, data_dir: str | os.PathLike) -> Any:
         f"{name} is not prepared in {data_dir}: there is no {parent / (version or '*')} with a prepared set; run "
         f"`cdetr prepare --dataset={name} --data_dir={data_dir}`, or set config.data.tfds_data_dir to where it is"
     )
+
+
+def _versions(parent: Any) -> dict[tuple[int, ...], Any]:
+    """The folders of prepared versions."""
+    return {
+        tuple(map(int, folder.name.split("."))): folder
+        for folder in (parent.iterdir() if parent.is_dir() else ())
+        if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) and (folder / "features.json").exists()
+    }
 
 
 def check_features(name: str, features: Any) -> Any:

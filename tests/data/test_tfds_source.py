@@ -58,8 +58,29 @@ def test_no_boxes():
 def test_areas_cut_to_whole_numbers():
     boxes = np.array([[0, 0, 32, 32], [0, 0, 32.01, 32], [0, 0, 80, 80], [5, 5, 50, 50]])
     cut = np.array([1024.0, 1024.0, 1024.0, 9216.0])
-    np.testing.assert_allclose(object_areas(cut, boxes, False), [1024, 32.01 * 32, 1024.5, 9216.5], rtol=1e-15)
-    np.testing.assert_array_equal(object_areas(cut, boxes, True), cut)
+    sizes = np.full((2, 4), 640)
+    np.testing.assert_allclose(object_areas(cut, boxes, *sizes, False), [1024, 32.01 * 32, 1024.5, 9216.5], rtol=1e-15)
+    np.testing.assert_array_equal(object_areas(cut, boxes, *sizes, True), cut)
+
+
+@pytest.mark.parametrize(("w", "h"), [(32, 32), (96, 96), (1024, 9), (36.864, 250)])
+def test_areas_that_are_whole_stay_whole(w, h):
+    """Where the box does not come back exactly."""
+    rng = np.random.default_rng(0)
+    heights, widths = rng.integers(1100, 3000, (2, 50_000))
+    corner = rng.uniform(0, np.stack([widths - w, heights - h], -1))
+    boxes = pixel_boxes(
+        as_tfds(np.concatenate([corner, np.full((50_000, 2), [w, h])], -1), heights, widths), heights, widths
+    )
+    assert (boxes[:, 2] * boxes[:, 3] != round(w * h)).mean() > 0.5
+    areas = object_areas(np.full(50_000, float(round(w * h))), boxes, heights, widths, False)
+    np.testing.assert_array_equal(areas, round(w * h))
+
+
+def test_areas_next_to_a_whole_number_are_kept_where_the_box_is_exact():
+    boxes = np.array([[0, 0, 3000, 0.01], [7, 5, 29.03, 317.47]])
+    areas = object_areas(np.floor(boxes[:, 2] * boxes[:, 3]), boxes, np.full(2, 3000), np.full(2, 3000), False)
+    np.testing.assert_array_equal(areas, boxes[:, 2] * boxes[:, 3])
 
 
 def test_ids_by_name():
@@ -92,6 +113,23 @@ def test_the_newest_version_counts(tmp_path):
         (tmp_path / "my_set" / version / "features.json").touch()
     assert find_prepared("my_set", tmp_path).name == "1.10.0"
     assert find_prepared("my_set:1.9.0", tmp_path).name == "1.9.0"
+
+
+def test_a_config_can_be_left_out_where_only_one_is_there(tmp_path):
+    def prepared(folder):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "features.json").touch()
+
+    prepared("voc/2012/5.0.0")
+    (tmp_path / "voc" / "2007" / "incomplete.ABC_5.0.0").mkdir(parents=True)
+    (tmp_path / "voc" / "a_file").touch()
+    assert find_prepared("voc", tmp_path) == find_prepared("voc/2012:5.0.0", tmp_path)
+    assert find_prepared("voc:5.0.0", tmp_path).parent.name == "2012"
+    with pytest.raises(FileNotFoundError, match=r"voc:4\.0\.0 is not prepared"):
+        find_prepared("voc:4.0.0", tmp_path)
+    prepared("voc/2007/5.0.0")
+    with pytest.raises(ValueError, match=r"voc names no config, .* say which, one of voc/2007, voc/2012$"):
+        find_prepared("voc", tmp_path)
 
 
 def test_a_name_that_is_none(tmp_path):
@@ -138,9 +176,16 @@ def test_same_as_the_coco_folder(coco, split, coco_split):
             assert getattr(found, field) == getattr(expected, field)
             assert type(getattr(found, field)) is type(getattr(expected, field))
         for field in ("boxes_xywh_px", "category_ids", "is_crowd"):
-            np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
             assert getattr(found, field).dtype == getattr(expected, field).dtype
-        np.testing.assert_allclose(found.areas, expected.areas, atol=0.5)
+        np.testing.assert_array_equal(found.category_ids, expected.category_ids)
+        np.testing.assert_array_equal(found.is_crowd, expected.is_crowd)
+        boxes = expected.boxes_xywh_px
+        has_decimals = (np.round(boxes, 2) == boxes).all(-1)
+        np.testing.assert_array_equal(found.boxes_xywh_px[has_decimals], boxes[has_decimals])
+        np.testing.assert_allclose(found.boxes_xywh_px, boxes, rtol=0, atol=640 * 2.0**-23)
+        is_filled = boxes[:, 2] * boxes[:, 3] == expected.areas
+        np.testing.assert_array_equal(found.areas[is_filled], expected.areas[is_filled])
+        np.testing.assert_allclose(found.areas, expected.areas, rtol=0, atol=0.5)
         np.testing.assert_array_equal(source.load_image(i), folder.load_image(i))
 
 
@@ -155,6 +200,9 @@ def test_the_special_pictures_are_there(coco):
     with Image.open(unpacked / "val2017" / source.records[at[image_ids[CMYK]]].file_name) as image:
         assert image.mode == "CMYK"
     assert sum(record.is_crowd.sum() for record in source.records) > 5
+    areas = np.concatenate([record.areas for record in source.records])
+    assert (areas == 1024).sum() > 20
+    assert (areas == 9216).sum() > 10
 
 
 def test_ap_equals_the_coco_folders_and_pycocotools(coco, capsys):
@@ -240,8 +288,10 @@ def test_damaged_records_are_named(coco, tmp_path):
             bad.append(record.file_name)
             assert f"coco/2017 train: {record.file_name}: cannot read" in str(error)  # noqa: PT017
     assert len(bad) == 1
-    os.utime(file)
-    with pytest.raises(ValueError, match=r"coco/2017 train: records 0 to 5 are damaged .* prepare the set again"):
+    os.utime(file, (1, 1))
+    with pytest.raises(
+        ValueError, match=rf"records 0 to 5 are damaged .* delete {file.parent} and prepare the set again"
+    ):
         TfdsSource("coco/2017", tmp_path, "train")
 
 
