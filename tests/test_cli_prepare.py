@@ -211,7 +211,7 @@ def test_archives_that_are_not_the_published_ones(tfds, archives, tmp_path, caps
 
     from cdetr_jax.data import tfds_prepare
 
-    monkeypatch.setattr(tfds_prepare, "_check_sizes", lambda *_: None)  # of the same size, but of other content
+    monkeypatch.setattr(tfds_prepare, "check_sizes", lambda *_: None)  # of the same size, but of other content
     line = fails(capsys, "--dataset=coco/2017", f"--data_dir={tmp_path}", f"--archives={archives}")
     assert "2017.zip, has wrong checksum, so it is not the published file: delete it and call again" in line
     assert line.endswith("with --any-archives")

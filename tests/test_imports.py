@@ -26,7 +26,8 @@ losses/criterion
 data/coco_categories data/kept data/synthetic
 data/sources
 data/tfds_source
-data/joined data/tfds_prepare
+data/joined data/archives
+data/tfds_prepare
 data/buckets
 data/plan
 data/transforms

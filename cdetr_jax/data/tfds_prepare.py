@@ -7,39 +7,22 @@ on where it was interrupted.
 import contextlib
 import errno
 import fcntl
-import http.client
 import io
 import json
 import os
 import shutil
-import ssl
 import sys
-import time
-import urllib.error
-import urllib.request
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import logging
-from tqdm import tqdm
 
+from cdetr_jax.data.archives import Archive, bytes_of, check_sizes, download
 from cdetr_jax.data.sources import BadPictureError
 from cdetr_jax.data.tfds_source import TfdsSource, check_features, import_tfds, missing_package
 
-_BLOCK = 1 << 20
-_ATTEMPTS = 5  # without a single new byte
-_TIMEOUT_S = 60
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-_NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ssl.SSLError,
-    ConnectionError,
-    TimeoutError,
-    EOFError,
-)
 
 
 class Prepared(NamedTuple):
@@ -106,12 +89,12 @@ def prepare(
         _remove_stale(unpacked, name, archives)
         published = _published_archives(builder)
         if check_archives:
-            _check_sizes(published, archives)
+            check_sizes(published, archives)
         _check_space(name, root, archives, unpacked, published, say)
         for archive in published:
             if archive.url.startswith(("http://", "https://")) and not (archives / archive.file_name).exists():
                 with _full_disk_told(archives):
-                    _download(archive, archives, published, check_archives)
+                    download(archive, archives, published, check_archives)
         say(f"unpacking, and writing records to {folder}; interrupted, this part starts anew")
         with _full_disk_told(root):
             _remove_stale(unpacked, name, archives)
@@ -125,12 +108,6 @@ def prepare(
                 f"{error}. It was deleted just now: put sound archives in {archives}, call again"
             ) from error
     return Prepared(name, folder, pictures, False, downloads if downloads.exists() else None)
-
-
-class _Archive(NamedTuple):
-    url: str
-    file_name: str
-    size: int
 
 
 # --------------------------------------------------------------------------------------------------------- TFDS
@@ -204,7 +181,7 @@ class _Recorder:
             self.urls.append(getattr(urls, "url", urls))
 
 
-def _published_archives(builder: Any) -> list[_Archive]:
+def _published_archives(builder: Any) -> list[Archive]:
     """The archives that a set is made of, as far as TFDS tells their names and sizes before it starts."""
     recorder = _Recorder()
     # A builder that asks for something else first, such as a folder, ends here: TFDS will say what it needs.
@@ -212,7 +189,7 @@ def _published_archives(builder: Any) -> list[_Archive]:
         builder._split_generators(recorder)
     known = builder.url_infos or {}
     urls = [url for url in dict.fromkeys(recorder.urls) if url in known and known[url].filename]
-    return [_Archive(url, known[url].filename, int(known[url].size)) for url in urls]
+    return [Archive(url, known[url].filename, int(known[url].size)) for url in urls]
 
 
 def _remove_stale(unpacked: Path, name: str, archives: Path) -> None:
@@ -276,10 +253,10 @@ def _open_all(name: str, root: Path, builder: Any) -> dict[str, int]:
 
 
 def _check_space(
-    name: str, root: Path, archives: Path, unpacked: Path, published: list[_Archive], say: Callable[[str], None]
+    name: str, root: Path, archives: Path, unpacked: Path, published: list[Archive], say: Callable[[str], None]
 ) -> None:
     """Tells what will be downloaded and written. Raises: OSError, if there is no room for it."""
-    sizes = [_sizes(archive, archives) for archive in published]
+    sizes = [bytes_of(archive, archives) for archive in published]
     missing = sum(part for part, _ in sizes)
     to_unpack = sum(
         size
@@ -320,29 +297,6 @@ def _full_disk_told(folder: Path) -> Iterator[None]:
         raise
 
 
-def _check_sizes(published: list[_Archive], archives: Path) -> None:
-    """Raises ValueError at an archive that cannot be the published one; its SHA-256 is TFDS's concern."""
-    for archive in published:
-        file = archives / archive.file_name
-        if file.exists() and file.stat().st_size != archive.size:
-            raise ValueError(
-                f"{file} has {file.stat().st_size} bytes, the published file {archive.size}: is it complete? Delete it "
-                "to have it downloaded, or take all archives as they are with --any-archives"
-            )
-
-
-def _sizes(archive: _Archive, archives: Path) -> tuple[int, int]:
-    """Bytes that are still to be downloaded, and bytes of the content."""
-    file = archives / archive.file_name
-    if not file.exists():
-        part = _part(file)
-        return max(archive.size - (part.stat().st_size if part.exists() else 0), 0), archive.size
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as content:
-            return 0, sum(member.file_size for member in content.infolist())
-    return 0, file.stat().st_size
-
-
 def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
@@ -356,76 +310,3 @@ def _lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise OSError(f"another `cdetr prepare` is at work in {path.parent}; wait for it") from None
         yield
-
-
-# ---------------------------------------------------------------------------------------------------- downloads
-
-
-def _part(file: Path) -> Path:
-    return file.with_name(file.name + ".part")
-
-
-def _download(archive: _Archive, archives: Path, published: list[_Archive], check_size: bool) -> None:
-    """Fetches an archive, going on with the part that is there.
-
-    Raises: OSError, saying what to do without a network.
-    """
-    archives.mkdir(parents=True, exist_ok=True)
-    file = archives / archive.file_name
-    failures = 0
-    with tqdm(desc=archive.file_name, unit="B", unit_scale=True, delay=1, mininterval=1) as progress:
-        while True:
-            before = _size(_part(file))
-            try:
-                _fetch(archive.url, _part(file), progress)
-                break
-            except _NETWORK_ERRORS as error:
-                failures = 0 if _size(_part(file)) > before else failures + 1
-                is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
-                no_network = isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError)
-                if is_refused or no_network or failures == _ATTEMPTS:
-                    raise OSError(_without_network(archive, error, archives, published)) from error
-                time.sleep(min(2**failures, 30))
-    if check_size and _size(_part(file)) != archive.size:
-        size = _size(_part(file))
-        _part(file).unlink()
-        raise OSError(f"{archive.url} has {size} bytes, the published file {archive.size}; it was deleted, try again")
-    _part(file).replace(file)
-
-
-def _fetch(url: str, part: Path, progress: tqdm) -> None:
-    """Appends to a part what it lacks. Raises: EOFError, if the connection ends early."""
-    have = _size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # there is nothing after these bytes
-            return
-        raise
-    with response:
-        if response.status != 206:
-            have = 0  # the server sends everything
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        progress.total, progress.n = total, have
-        progress.refresh()
-        with part.open("ab" if have else "wb") as out:
-            while block := response.read(_BLOCK):
-                out.write(block)
-                progress.update(len(block))
-    if total is not None and _size(part) < total:
-        raise EOFError(f"the connection ended after {_size(part)} of {total} bytes")
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def _without_network(archive: _Archive, error: Exception, archives: Path, published: list[_Archive]) -> str:
-    reason = getattr(error, "reason", None) or error
-    missing = [other.url for other in published if not (archives / other.file_name).exists()]
-    return (
-        f"cannot download {archive.url} ({reason}); call again to go on, or without a network bring these files to "
-        f"{archives} (or name their folder with --archives): {' '.join(missing)}"
-    )
