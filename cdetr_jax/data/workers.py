@@ -73,7 +73,7 @@ class Workers:
         memory = context.RawArray("B", processes * threads * size)
         pixels = np.frombuffer(memory, np.uint8).reshape(-1, size)
         self._channels: list[_Channel] = []
-        self._idle: queue.SimpleQueue[_Channel] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[_Channel | None] = queue.SimpleQueue()  # None: there are none any more
         for k in range(processes):
             pairs = [context.Pipe() for _ in range(threads)]
             theirs = [pair[1] for pair in pairs]
@@ -96,6 +96,9 @@ class Workers:
         Raises: WorkerDiedError, too.
         """
         channel = self._idle.get()
+        if channel is None:
+            self._idle.put(None)  # for the next one who asks
+            raise WorkerDiedError("the worker processes have been ended")
         try:
             channel.connection.send_bytes(row.tobytes())
             channel.index = int(row["index"])
@@ -129,7 +132,7 @@ class Workers:
     def close(self) -> None:
         """Ends the processes, once each has finished its picture; one that does not is killed, and so its reader freed.
 
-        Nothing more may be asked for.
+        Whoever asks for a picture from now on gets a WorkerDiedError.
         """
         end = time.monotonic() + _END_S
         reading = list(self._channels)
@@ -150,6 +153,7 @@ class Workers:
                 process.kill()
                 process.join()
         self._channels.clear()
+        self._idle.put(None)
 
 
 @dataclasses.dataclass(eq=False)

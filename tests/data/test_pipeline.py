@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -15,12 +16,12 @@ import pytest
 from fatal_source import FatalShapes
 
 from cdetr_jax.data.pipeline import eval_batches, train_batches
-from cdetr_jax.data.plan import Augmentation, redraw_row, train_plan
+from cdetr_jax.data.plan import ROW, Augmentation, redraw_row, train_plan
 from cdetr_jax.data.reader import Reading
 from cdetr_jax.data.sources import BadPictureError, CocoFolder
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.transforms import apply_row
-from cdetr_jax.data.workers import WorkerDiedError
+from cdetr_jax.data.workers import WorkerDiedError, Workers
 from cdetr_jax.structs import Category, Record
 
 AUGMENTATION = Augmentation((24, 30, 36), 50, 0.5, 0.5, (28, 34), (20, 30))
@@ -402,6 +403,18 @@ def test_a_process_that_stands_still_does_not_hold_up_the_end(monkeypatch):
     assert time.monotonic() - start < 10
     assert not _processes()
     assert not _threads()
+
+
+def test_nobody_waits_for_processes_that_have_been_ended():
+    """As a reader does that goes on to the next picture after a damaged one while the run ends."""
+    source = SyntheticShapes(seed=0, size=1, height=32, width=32, max_objects=1)
+    workers = Workers(source, processes=2, threads=1, max_pixels=32 * 32)
+    workers.close()
+    row, out = np.zeros((), ROW), np.zeros((32, 32, 3), np.uint8)
+    with ThreadPoolExecutor(3) as threads:
+        for future in [threads.submit(workers.write_picture, row, out) for _ in range(3)]:
+            with pytest.raises(WorkerDiedError, match="have been ended"):
+                future.result(timeout=30)
 
 
 def test_processes_do_not_outlive_a_killed_run():
