@@ -80,8 +80,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     functions = build.make_step_functions(config, len(classes), schedules)
     trainer = Trainer(functions)
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
-    plan_of = {"steps_per_epoch": steps_per_epoch, "pictures": _fingerprint(source)}
-    state, start_step = _initial_state(config, functions, checkpoints, plan_of, classes)
+    planned_from = {"steps_per_epoch": steps_per_epoch, "pictures": _fingerprint(source)}
+    state, start_step = _initial_state(config, functions, checkpoints, planned_from, classes)
     parts_per_step = config.train.accumulation_steps
     epoch, step_of_epoch = divmod(start_step, steps_per_epoch)
     batches = build.make_train_batches(config, source, classes, (epoch, step_of_epoch * parts_per_step), host)
@@ -160,8 +160,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
                         writer.write_scalars(step, summary, epoch=step / steps_per_epoch, kind="eval")
                     logging.info("step %d: AP %.4f, AP50 %.4f", step, summary["AP"], summary["AP50"])
                     scores = {"AP": summary["AP"]}
-                epoch, position = divmod(step, steps_per_epoch)
-                position = {"epoch": epoch, "batch": position, **plan_of}
+                epoch, step_of_epoch = divmod(step, steps_per_epoch)
+                position = {"epoch": epoch, "batch": step_of_epoch, **planned_from}
                 saved = first(state)
                 _check_finite_parameters(step, saved.params)
                 checkpoints.save(step, saved, position, scores)
@@ -219,7 +219,7 @@ def _initial_state(
     config: ml_collections.ConfigDict,
     functions: Any,
     checkpoints: Checkpoints,
-    plan_of: dict[str, Any],
+    planned_from: dict[str, Any],
     classes: build.ClassTable,
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or a new state and 0."""
@@ -233,13 +233,13 @@ def _initial_state(
             state = _start_from(initial, state, classes, checkpoints.directory.parent)
         return state, 0
     state, position = checkpoints.restore(step, _template(config, functions))
-    if position["steps_per_epoch"] != plan_of["steps_per_epoch"]:
+    if position["steps_per_epoch"] != planned_from["steps_per_epoch"]:
         raise ValueError(
             f"the run in {checkpoints.directory.parent} has {position['steps_per_epoch']} steps an epoch, but the "
-            f"training data and config.train.batch_size now give {plan_of['steps_per_epoch']}; use the same data, or "
-            "another workdir"
+            f"training data and config.train.batch_size now give {planned_from['steps_per_epoch']}; use the same data, "
+            "or another workdir"
         )
-    if (plan_of | position)["pictures"] != plan_of["pictures"]:
+    if (planned_from | position)["pictures"] != planned_from["pictures"]:
         logging.warning("The training pictures have other sizes than before: from here on the epochs' plans are others")
     logging.info("Going on from step %d, in %s", step, checkpoints.directory)
     return state, step

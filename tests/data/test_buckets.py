@@ -6,10 +6,10 @@ import time
 
 import numpy as np
 import pytest
+from published import PUBLISHED
 
 from cdetr_jax.data.buckets import best_shapes, by_area, deal, first_that_holds
 from cdetr_jax.data.plan import (
-    Augmentation,
     bucket_table,
     check_shapes,
     eval_plan,
@@ -18,15 +18,6 @@ from cdetr_jax.data.plan import (
     search_eval_shapes,
     search_shapes,
     train_plan,
-)
-
-PUBLISHED = Augmentation(
-    short_sides_px=tuple(range(480, 801, 32)),
-    long_side_max_px=1333,
-    flip_probability=0.5,
-    crop_probability=0.5,
-    crop_short_sides_px=(400, 500, 600),
-    crop_sides_px=(384, 600),
 )
 
 # Heights and widths of the 128 pictures of coco128, the first of COCO train2017, and how many have them.

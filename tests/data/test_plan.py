@@ -3,9 +3,9 @@ import random
 
 import numpy as np
 import pytest
+from published import PUBLISHED
 
 from cdetr_jax.data.plan import (
-    Augmentation,
     check_shapes,
     eval_plan,
     real_pixels,
@@ -18,14 +18,6 @@ from cdetr_jax.data.plan import (
     train_plan,
 )
 
-PUBLISHED = Augmentation(
-    short_sides_px=tuple(range(480, 801, 32)),
-    long_side_max_px=1333,
-    flip_probability=0.5,
-    crop_probability=0.5,
-    crop_short_sides_px=(400, 500, 600),
-    crop_sides_px=(384, 600),
-)
 SHAPES = ((800, 1088), (1088, 800), (800, 1344), (1344, 800), (1344, 1344))
 SIZES = np.array([(480, 640), (640, 427), (375, 500), (333, 500), (612, 612), (240, 640), (640, 480)])
 
