@@ -52,11 +52,10 @@ from flax import traverse_util
 from jaxtyping import Array, Int, UInt8
 
 from cdetr_jax.build import ClassTable
-from cdetr_jax.evaluation.postprocess import postprocess
+from cdetr_jax.evaluation.postprocess import detect
 from cdetr_jax.files import whole_file
 from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.onnx_convert import to_onnx
-from cdetr_jax.structs import Predictions
 from cdetr_jax.weights import Weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -74,30 +73,23 @@ def make_detect(model: DetectionTransformer, classes: ClassTable, top_k: int) ->
     Raises: ValueError, if no logit stands for anything, or a category id does not fit into int32.
     """
     known = [i for i, category in enumerate(classes) if category is not None]
-    ids = np.array([classes[i].id for i in known], np.int64)
+    id_of_logit = np.array([0 if category is None else category.id for category in classes], np.int64)
     if not known:
         raise ValueError("none of the detector's logits stands for a class, so there is nothing that it could find")
-    if (ids != ids.astype(np.int32)).any():
+    if (id_of_logit != id_of_logit.astype(np.int32)).any():
         raise ValueError(
-            f"the category ids go up to {ids[abs(ids).argmax()]}; an exported detector gives them as int32"
+            f"the category ids go up to {id_of_logit[abs(id_of_logit).argmax()]}; an exported detector gives them as "
+            "int32"
         )
-    nothing = [i for i in range(model.num_classes + (model.class_loss == "softmax")) if i not in known]
 
-    def detect(variables: Any, images: UInt8[Array, "B H W 3"], sizes_hw: Int[Array, "B 2"]) -> dict[str, Array]:
-        predictions = model.apply(variables, images, sizes_hw)
-        every, boxes = predictions.logits[-1:], predictions.boxes_cxcywh[-1:]
-        logits = every[..., np.array(known)]
-        if model.class_loss == "softmax":
-            no_object = jax.nn.logsumexp(every[..., np.array(nothing)], axis=-1, keepdims=True)
-            logits = jnp.concatenate([logits, no_object], axis=-1)
+    def detect_known(variables: Any, images: UInt8[Array, "B H W 3"], sizes_hw: Int[Array, "B 2"]) -> dict[str, Array]:
         # Of a picture of one pixel, boxes in pixels are fractions.
-        found = postprocess(
-            Predictions(logits, boxes), jnp.ones_like(sizes_hw), class_loss=model.class_loss, top_k=top_k
-        )
-        category_ids = jnp.array(ids, jnp.int32)[found.labels]
+        one_pixel = jnp.ones_like(sizes_hw)
+        found = detect(model, variables, images, sizes_hw, one_pixel, top_k=top_k, known=tuple(known))
+        category_ids = jnp.array(id_of_logit, jnp.int32)[found.labels]
         return dict(zip(OUTPUTS, (found.boxes_xyxy_px, found.scores, category_ids), strict=True))
 
-    return detect
+    return detect_known
 
 
 def export_stablehlo(
@@ -113,11 +105,11 @@ def export_stablehlo(
       top_k: K.
     Raises: ValueError, see `make_detect`; OSError.
     """
-    detect = make_detect(weights.make_model(), weights.classes, top_k)
+    detect_known = make_detect(weights.make_model(), weights.classes, top_k)
     flat = {name: np.asarray(x) for name, x in traverse_util.flatten_dict(weights.variables, sep="/").items()}
 
     def detect_with(flat: dict[str, Array], images: Array, sizes_hw: Array) -> dict[str, Array]:
-        return detect(traverse_util.unflatten_dict(flat, sep="/"), images, sizes_hw)
+        return detect_known(traverse_util.unflatten_dict(flat, sep="/"), images, sizes_hw)
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in flat.items()}
     with _without_source_paths():
@@ -142,8 +134,8 @@ def export_onnx(
     Args, Raises: as `export_stablehlo`; ModuleNotFoundError, without the onnx package.
     """
     _require("onnx")
-    detect = make_detect(weights.make_model().clone(dtype=jnp.float32), weights.classes, top_k)
-    model = to_onnx(lambda *inputs: detect(weights.variables, *inputs), _inputs(shape_hw, batch))
+    detect_known = make_detect(weights.make_model().clone(dtype=jnp.float32), weights.classes, top_k)
+    model = to_onnx(lambda *inputs: detect_known(weights.variables, *inputs), _inputs(shape_hw, batch))
     signature = _signature(weights, model.graph.output[0].type.tensor_type.shape.dim[1].dim_value, shape_hw, batch)
     model.producer_name, model.producer_version = "cdetr_jax", signature["version"]
     for key, value in (("classes", _class_list(weights.classes)), ("signature", json.dumps(signature))):
@@ -184,7 +176,7 @@ def load_onnx(path: str | os.PathLike) -> Detect:
         found = session.run(OUTPUTS, {"images": images, "sizes_hw": sizes_hw})
         return dict(zip(OUTPUTS, found, strict=True))
 
-    return detect
+    return detect_known
 
 
 def _inputs(shape_hw: tuple[int, int], batch: int | None) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,6 +1,7 @@
 """A trained detector in a few lines: load a workdir, call it on a picture."""
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from cdetr_jax.checkpoints.torch_files import HUB_PREFIX
 from cdetr_jax.data.plan import smallest_shape
 from cdetr_jax.data.sources import decode_rgb, open_picture
 from cdetr_jax.data.transforms import resize_for_evaluation
-from cdetr_jax.evaluation.postprocess import postprocess
+from cdetr_jax.evaluation.postprocess import detect
 from cdetr_jax.visualization.draw import draw_boxes
 from cdetr_jax.weights import Weights, load_weights
 
@@ -73,15 +74,8 @@ class Detector:
     def __init__(self, weights: Weights):
         self.classes = weights.classes
         self._preprocessing = weights.preprocessing
-        model, top_k = weights.make_model(), weights.top_k
-
-        @jax.jit
-        def detect(variables: Any, images: np.ndarray, sizes_hw: np.ndarray, original_sizes_hw: np.ndarray) -> Any:
-            predictions = model.apply(variables, images, sizes_hw)
-            return postprocess(predictions, original_sizes_hw, class_loss=model.class_loss, top_k=top_k)
-
         self._variables = jax.device_put(weights.variables)
-        self._detect = detect
+        self._detect = jax.jit(functools.partial(detect, weights.make_model(), top_k=weights.top_k))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, checkpoint: str = "best") -> "Detector":
@@ -97,8 +91,6 @@ class Detector:
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", source) and not os.path.exists(source):
             source = HUB_PREFIX + source
         return cls(load_weights(source, checkpoint))
-
-    from_workdir = from_pretrained  # its first name
 
     def __call__(self, picture: Picture | Sequence[Picture], threshold: float = 0.5) -> Objects | list[Objects]:
         """Finds the objects of one picture, or of each of a list.

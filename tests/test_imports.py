@@ -16,8 +16,8 @@ ORDER = """
 records
 structs
 boxes files
-models/resnet models/position
-models/attention
+models/attention models/position
+models/resnet
 models/transformer
 models/detector
 matching/cost matching/assign

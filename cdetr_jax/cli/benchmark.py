@@ -72,21 +72,21 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     clock = _Clock()
 
     def step(state: Any) -> Any:
-        part = trainer.shard(batch)
-        predictions, pullback = clock.time("forward", trainer.forward, state, part.images, part.sizes_hw, 0)
-        prices = clock.time("prices", trainer.price, predictions, part.targets)
-        match = clock.time("matching", trainer.match, prices, part)
-        counts = trainer.counts([part])
-        cotangents, _ = clock.time("losses", trainer.loss, predictions, part.targets, match, counts)
+        placed = trainer.put(batch)
+        images, sizes_hw, targets = placed.batch.images, placed.batch.sizes_hw, placed.batch.targets
+        number = trainer.number(0)
+        predictions, pullback = clock.time("forward", trainer.forward, state, images, sizes_hw, number)
+        cost = clock.time("cost", trainer.cost, predictions, targets)
+        match = clock.time("matching", trainer.match, cost, placed)
+        counts = trainer.counts([placed])
+        cotangents, losses = clock.time("losses", trainer.loss, predictions, targets, match, counts)
         grads = clock.time("backward", trainer.backward, pullback, cotangents)
         del pullback
-        state, _ = clock.time("update", trainer.apply, state, grads)
+        state, _ = clock.time("update", trainer.apply, state, grads, losses)
         return state
 
     def whole(state: Any) -> Any:
-        state, losses, _ = trainer.step(state, [batch])
-        jax.block_until_ready(losses)
-        return state
+        return trainer.step(state, [batch])[0]
 
     start = time.perf_counter()
     state = step(state)

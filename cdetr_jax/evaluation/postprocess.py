@@ -1,15 +1,23 @@
-"""From the last layer's predictions to the best detections in pixels of the original picture."""
+"""From pictures, or the last layer's predictions, to the best detections in pixels of the original picture."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt8
 
 from cdetr_jax import boxes
+from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.structs import Detections, Predictions
 
 
 def postprocess(
-    predictions: Predictions, original_sizes_hw: Int[Array, "B 2"], *, class_loss: str, top_k: int
+    predictions: Predictions,
+    original_sizes_hw: Int[Array, "B 2"],
+    *,
+    class_loss: str,
+    top_k: int,
+    known: tuple[int, ...] | None = None,
 ) -> Detections:
     """Keeps the best `top_k` detections of each picture, best first. No suppression of overlaps.
 
@@ -20,19 +28,40 @@ def postprocess(
       original_sizes_hw: what the boxes are scaled to, in pixels.
       class_loss: `focal` or `softmax`, the loss that the logits were trained with.
       top_k: K; less where there are fewer candidates.
+      known: the logits that may be chosen, ascending; None: all, as published. Under softmax the others count as "no
+        object".
     """
     logits = predictions.logits[-1]
-    batch, num_queries, num_classes = logits.shape
-    if class_loss == "focal":
-        scores = jax.nn.sigmoid(logits).reshape(batch, -1)
-        scores, best = jax.lax.top_k(scores, min(top_k, num_queries * num_classes))
+    focal = class_loss == "focal"
+    probs = jax.nn.sigmoid(logits) if focal else jax.nn.softmax(logits, axis=-1)[..., :-1]
+    if known is not None:
+        probs = probs[..., jnp.array(known)]
+    _, num_queries, num_classes = probs.shape
+    if focal:
+        scores, best = jax.lax.top_k(probs.reshape(len(probs), -1), min(top_k, num_queries * num_classes))
         queries, labels = best // num_classes, best % num_classes
     else:
-        probs = jax.nn.softmax(logits, axis=-1)[..., :-1]
         scores, queries = jax.lax.top_k(probs.max(-1), min(top_k, num_queries))
         labels = jnp.take_along_axis(probs.argmax(-1), queries, axis=1)
+    if known is not None:
+        labels = jnp.array(known)[labels]
     kept = jnp.take_along_axis(predictions.boxes_cxcywh[-1], queries[..., None], axis=1)
     height, width = original_sizes_hw[:, 0], original_sizes_hw[:, 1]
-    scale = jnp.stack([width, height, width, height], axis=-1).astype(jnp.float32)
+    scale = jnp.stack([width, height, width, height], axis=-1).astype(kept.dtype)
     boxes_xyxy_px = boxes.cxcywh_to_xyxy(kept) * scale[:, None, :]
     return Detections(scores=scores, labels=labels, boxes_xyxy_px=boxes_xyxy_px, queries=queries)
+
+
+def detect(
+    model: DetectionTransformer,
+    variables: Any,
+    images: UInt8[Array, "B H W 3"],
+    sizes_hw: Int[Array, "B 2"],
+    original_sizes_hw: Int[Array, "B 2"],
+    *,
+    top_k: int,
+    known: tuple[int, ...] | None = None,
+) -> Detections:
+    """Model and `postprocess`: what evaluation, prediction and exported files run. Arguments: see there and `Batch`."""
+    predictions = model.apply(variables, images, sizes_hw)
+    return postprocess(predictions, original_sizes_hw, class_loss=model.class_loss, top_k=top_k, known=known)

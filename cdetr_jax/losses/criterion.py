@@ -16,16 +16,20 @@ class Counts:
       targets: real objects.
       matched: real objects that have a query (fewer than `targets` where an image has more objects than queries).
       queries: pictures times queries.
+      micro_batches: calls of `criterion` whose losses are added up.
     """
 
     targets: Float[Array, ""]
     matched: Float[Array, ""]
     queries: Float[Array, ""]
+    micro_batches: Float[Array, ""] | float = 1.0
 
 
 @struct.dataclass
 class Losses:
     """The total and its terms per decoder layer, unweighted; the errors are for the log only.
+
+    All of them are parts of an optimiser step's: those of its micro-batches add up.
 
     Attributes:
       class_error: percent of the matched queries whose best class is wrong, last layer.
@@ -91,7 +95,7 @@ def criterion(
         )
 
     matched_boxes = _at_queries(predictions.boxes_cxcywh, match.queries)
-    wanted_boxes = jnp.broadcast_to(targets.boxes_cxcywh, matched_boxes.shape)
+    wanted_boxes = jnp.broadcast_to(targets.boxes_cxcywh, matched_boxes.shape).astype(matched_boxes.dtype)
     l1 = jnp.where(is_matched, box.l1_loss(matched_boxes, wanted_boxes), 0.0)
     giou = jnp.where(is_matched, box.giou_loss(matched_boxes, wanted_boxes), 0.0)
     l1_term, giou_term = (term.sum(axis=(1, 2)) / num_targets for term in (l1, giou))
@@ -105,8 +109,8 @@ def criterion(
         class_loss=class_term,
         l1_loss=l1_term,
         giou_loss=giou_term,
-        class_error=100.0 * is_wrong.sum() / jnp.maximum(is_matched[-1:].sum(), 1),
-        cardinality_error=jnp.abs(num_predicted - targets.valid.sum(-1)).mean(-1),
+        class_error=100.0 * is_wrong.sum() / jnp.maximum(is_matched[-1:].sum(), 1) / counts.micro_batches,
+        cardinality_error=jnp.abs(num_predicted - targets.valid.sum(-1)).mean(-1) / counts.micro_batches,
     )
 
 

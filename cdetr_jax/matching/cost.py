@@ -1,4 +1,4 @@
-"""The price of answering for a target with a query, for all decoder layers at once."""
+"""The cost of matching a query with a target, for all decoder layers at once."""
 
 import jax
 import jax.numpy as jnp
@@ -38,24 +38,24 @@ def matching_cost(
     focal_alpha: float,
     focal_gamma: float,
 ) -> Float[Array, "L B Q T"]:
-    """Prices every query against every target for one-to-one matching.
+    """Cost of matching every query with every target, one to one.
 
     Source: arXiv:2005.12872, section 3.1, with the focal class cost of arXiv:2010.04159; reference models/matcher.py.
-    Differs: targets are padded, and all decoder layers are priced at once.
+    Differs: targets are padded, and all decoder layers come at once.
     Args:
       predictions: of every layer.
-      targets: padded; the columns of padded targets hold a finite price that nobody reads.
+      targets: padded; the columns of padded targets hold a finite cost that nobody reads.
       class_loss: `focal` or `softmax`, the loss that the logits are trained with.
       class_cost, l1_cost, giou_cost: factors of the three terms.
       focal_alpha, focal_gamma: of the focal class cost.
-    Returns: cost, float32.
+    Returns: cost, in the dtype of the predictions.
     """
     if class_loss == "focal":
-        price = focal_class_cost(predictions.logits, targets.labels, focal_alpha, focal_gamma)
+        class_term = focal_class_cost(predictions.logits, targets.labels, focal_alpha, focal_gamma)
     else:
-        price = softmax_class_cost(predictions.logits, targets.labels)
+        class_term = softmax_class_cost(predictions.logits, targets.labels)
     predicted = predictions.boxes_cxcywh[:, :, :, None, :]
-    wanted = targets.boxes_cxcywh[None, :, None, :, :]
+    wanted = targets.boxes_cxcywh[None, :, None, :, :].astype(predicted.dtype)
     l1 = jnp.abs(predicted - wanted).sum(-1)
     giou = boxes.giou(boxes.cxcywh_to_xyxy(predicted), boxes.cxcywh_to_xyxy(wanted))
-    return class_cost * price + l1_cost * l1 - giou_cost * giou
+    return class_cost * class_term + l1_cost * l1 - giou_cost * giou

@@ -1,13 +1,16 @@
 """Multi-head attention whose query/key width may exceed the value width, and the linear layers around it."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-Dtype = Any
+
+def compute_dtype(dtype: DTypeLike, like: Array) -> jnp.dtype:
+    """The dtype to compute in: float32 means at least that, so that float64 parameters compute in float64."""
+    return jnp.promote_types(dtype, like.dtype) if dtype == jnp.float32 else jnp.dtype(dtype)
+
 
 xavier_uniform = nn.initializers.xavier_uniform()
 # PyTorch's default for a linear layer: uniform within 1/sqrt(fan_in).
@@ -22,14 +25,15 @@ class Linear(nn.Module):
     features: int
     kernel_init: nn.initializers.Initializer = xavier_uniform
     bias_init: nn.initializers.Initializer | None = None
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         fan_in = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
         bias = self.param("bias", self.bias_init or _uniform(fan_in**-0.5), (self.features,))
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        dtype = compute_dtype(self.dtype, kernel)
+        return x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:
@@ -48,7 +52,7 @@ class MLP(nn.Module):
     features: tuple[int, ...]
     kernel_init: nn.initializers.Initializer = xavier_uniform
     last_init: tuple[nn.initializers.Initializer, nn.initializers.Initializer] | None = None
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -64,11 +68,11 @@ class MLP(nn.Module):
 class Attend(nn.Module):
     """softmax(q k / sqrt(d)) v per head, then the output projection.
 
-    The scores are compared in float32 whatever the compute dtype.
+    The scores are compared in at least float32 whatever the compute dtype.
     """
 
     dropout: float = 0.0
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -80,11 +84,12 @@ class Attend(nn.Module):
         train: bool,
     ) -> Float[Array, "B Q D"]:
         """Attends from `q` to `k`, `v`; `is_pad`: True = this key counts for nothing. Returns width N * e."""
-        scores = jnp.einsum("bqnd,bsnd->bnqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        dtype = jnp.promote_types(q.dtype, jnp.float32)
+        scores = jnp.einsum("bqnd,bsnd->bnqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=dtype)
         if is_pad is not None:
             # Finite, so that a picture that is all padding gives numbers and not NaN.
-            scores = jnp.where(is_pad[:, None, None, :], jnp.finfo(jnp.float32).min, scores)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+            scores = jnp.where(is_pad[:, None, None, :], jnp.finfo(dtype).min, scores)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
         out = jnp.einsum("bnqs,bsne->bqne", weights, v)
         out = out.reshape(*out.shape[:2], -1)
@@ -101,7 +106,7 @@ class MultiHeadAttention(nn.Module):
 
     num_heads: int
     dropout: float = 0.0
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

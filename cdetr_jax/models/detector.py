@@ -1,11 +1,12 @@
 """The whole detector: backbone, projection, transformer, class and box heads."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from cdetr_jax.models import position
@@ -13,8 +14,6 @@ from cdetr_jax.models.attention import MLP, Linear, torch_uniform
 from cdetr_jax.models.resnet import ResNet
 from cdetr_jax.models.transformer import Transformer
 from cdetr_jax.structs import Predictions
-
-Dtype = Any
 
 MEAN_RGB = (0.485, 0.456, 0.406)
 STD_RGB = (0.229, 0.224, 0.225)
@@ -40,7 +39,7 @@ def padding_mask(sizes_hw: Int[Array, "B 2"], shape_hw: tuple[int, int]) -> Bool
 
 def normalize(images: UInt8[Array, "B H W 3"], is_pad: Bool[Array, "B H W"]) -> Float[Array, "B H W 3"]:
     """ImageNet normalisation; padding is zero afterwards."""
-    x = (images.astype(jnp.float32) / 255.0 - jnp.array(MEAN_RGB)) / jnp.array(STD_RGB)
+    x = (images / 255.0 - jnp.array(MEAN_RGB)) / jnp.array(STD_RGB)
     return jnp.where(is_pad[..., None], 0.0, x)
 
 
@@ -63,7 +62,8 @@ class DetectionTransformer(nn.Module):
     Attributes:
       num_classes: class logits C. With `class_loss="softmax"` one more is added, for "no object".
       box_offset: boxes are sigmoid(FFN(f) + [s, 0, 0]), equation (1); else sigmoid(FFN(f)).
-      dtype: of the backbone's and the transformer's computation; heads and boxes are float32.
+      dtype: of the backbone's and the transformer's computation; heads and boxes are at least float32. float32 means
+        at least that everywhere: float64 variables compute in float64 (`jax_enable_x64`).
       The rest: see `ResNet` and `Transformer`.
     """
 
@@ -89,7 +89,7 @@ class DetectionTransformer(nn.Module):
     temperature: float = 10000.0
     local_gain: float = 0.0
     norm_between_layers: bool = False
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def stages(self, images: Float[Array, "B H W 3"], is_pad: Bool[Array, "B H W"], train: bool = False) -> Stages:
@@ -138,7 +138,7 @@ class DetectionTransformer(nn.Module):
             query_pos,
             train,
         )
-        f = decoder_output.astype(jnp.float32)
+        f = decoder_output.astype(jnp.promote_types(decoder_output.dtype, jnp.float32))
         focal = self.class_loss == "focal"
         logits = Linear(
             self.num_classes if focal else self.num_classes + 1,

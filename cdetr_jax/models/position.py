@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 def _sine(positions: Float[Array, "..."], features: int, temperature: float) -> Float[Array, "... F"]:
     """sin on even and cos on odd features of `positions / temperature^(2 floor(i/2) / features)`."""
-    i = jnp.arange(features // 2, dtype=jnp.float32)
+    i = jnp.arange(features // 2).astype(float)
     angles = positions[..., None] / temperature ** (2.0 * i / features)
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, features)
 
@@ -18,7 +18,7 @@ def grid_embedding(is_pad: Bool[Array, "B h w"], width: int, temperature: float 
 
     Source: `PositionEmbeddingSine` of the published code; (y, x) order, `width / 2` features each.
     """
-    valid = (~is_pad).astype(jnp.float32)
+    valid = (~is_pad).astype(float)  # float32; float64 where JAX has it switched on
     y, x = jnp.cumsum(valid, axis=1), jnp.cumsum(valid, axis=2)
     y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
     x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)

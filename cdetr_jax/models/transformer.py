@@ -1,18 +1,16 @@
 """The encoder, DETR's decoder and the conditional decoder."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from cdetr_jax.models import position
 from cdetr_jax.models.attention import MLP, Attend, Linear, MultiHeadAttention, split_heads, xavier_uniform
-
-Dtype = Any
 
 REFERENCE_POINTS = ("zero", "learned", "predicted")
 SPATIAL_QUERIES = ("full", "c", "t", "p", "i")
@@ -23,7 +21,7 @@ class AddAndNorm(nn.Module):
     """Post-norm residual: LayerNorm(x + dropout(y)), eps 1e-5."""
 
     dropout: float
-    dtype: Dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], y: Float[Array, "B S D"], train: bool) -> Float[Array, "B S D"]:
@@ -33,8 +31,9 @@ class AddAndNorm(nn.Module):
         return norm(x)
 
 
-def layer_norm(dtype: Dtype, name: str | None = None) -> nn.LayerNorm:
+def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     """PyTorch's LayerNorm; the two-pass variance keeps float32 parity on large means."""
+    dtype = None if dtype == jnp.float32 else dtype  # None: the dtype of input and parameters
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
 
 
@@ -45,7 +44,7 @@ class TransformerLayer(nn.Module):
     num_heads: int
     ffn_width: int
     dropout: float
-    dtype: Dtype
+    dtype: DTypeLike
 
     def add_and_norm(self, name: str) -> AddAndNorm:
         """The residual connection called `name`."""
@@ -153,7 +152,7 @@ def _same_orthogonal(gain: float) -> nn.initializers.Initializer:
 
     def init(_: Array, shape: tuple[int, int]) -> Array:
         rotation, _ = np.linalg.qr(np.random.default_rng(0).standard_normal(shape))
-        return jnp.asarray(gain * rotation, jnp.float32)
+        return jnp.asarray(gain * rotation, float)
 
     return init
 
@@ -173,14 +172,14 @@ class SpatialQuery(nn.Module):
     width: int
     num_heads: int
     starts_as_identity: bool
-    dtype: Dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
         self, f: Float[Array, "B Q D"], c_q: Float[Array, "B Q D"], p_s: Float[Array, "Q D"], is_first: bool
     ) -> Float[Array, "B Q D"]:
         """p_q. In the first layer T is the identity (lambda_q = 1), as in the published code."""
-        p_s = jnp.broadcast_to(p_s.astype(self.dtype), f.shape)
+        p_s = jnp.broadcast_to(p_s, f.shape)
         if self.form == "c":
             return f
         if self.form == "p" or self.transformation == "identity":
@@ -253,7 +252,7 @@ class Transformer(nn.Module):
     temperature: float = 10000.0
     local_gain: float = 0.0
     norm_between_layers: bool = False
-    dtype: Dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -272,7 +271,6 @@ class Transformer(nn.Module):
             "dropout": self.dropout,
             "dtype": self.dtype,
         }
-        pos = pos.astype(self.dtype)
         memory = features
         for i in range(self.encoder_layers):
             memory = EncoderLayer(**layer, name=f"encoder_layers_{i}")(memory, pos, is_pad, train)
@@ -291,7 +289,7 @@ class Transformer(nn.Module):
             name="query_scale",
         )
         norm = layer_norm(self.dtype, name="decoder_norm")
-        x = jnp.zeros((features.shape[0], *query_pos.shape), self.dtype)
+        x = jnp.zeros((features.shape[0], *query_pos.shape), features.dtype)
         outputs = []
         for i in range(self.decoder_layers):
             special = {"is_first": i == 0, "local_gain": self.local_gain} if conditional else {}
@@ -301,7 +299,7 @@ class Transformer(nn.Module):
                 memory=memory,
                 pos=pos,
                 is_pad=is_pad,
-                query_pos=jnp.broadcast_to(query_pos.astype(self.dtype), x.shape),
+                query_pos=jnp.broadcast_to(query_pos.astype(x.dtype), x.shape),
                 spatial_query=lambda f, c_q, first=i == 0: query_scale(f, c_q, p_s, first),
                 train=train,
             )

@@ -4,7 +4,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -19,12 +19,11 @@ from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.data.pipeline import sizes_hw
 from cdetr_jax.data.sources import Source
 from cdetr_jax.evaluation.coco_eval import CocoMetrics, coco_average_precision
-from cdetr_jax.losses.criterion import Losses
 from cdetr_jax.matching.assign import NonFiniteCostError
 from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
-from cdetr_jax.training.parallel import Trainer, first
-from cdetr_jax.training.step import TrainState, new_rng
+from cdetr_jax.training.parallel import Trainer, unreplicate
+from cdetr_jax.training.step import StepMetrics, TrainState, new_rng
 from cdetr_jax.weights import FREE_FIELDS as FREE_MODEL_FIELDS
 from cdetr_jax.weights import Backbone, Weights, check_form, load_initial, start_from
 
@@ -111,16 +110,16 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     state = trainer.replicate(state)
     feed = Feed(batches, trainer.put, parts_per_step)
     timer = IntervalTimer()
-    recent: list[tuple[int, Losses, jax.Array]] = []
+    recent: list[tuple[int, StepMetrics]] = []
     summary = None
     try:
         for step in range(start_step + 1, total_steps + 1):
             with timer.part("data"):
-                parts = next(feed)
+                micro_batches = next(feed)
             try:
-                state, losses, grad_norm = trainer.step(state, parts)
+                state, step_metrics = trainer.step(state, micro_batches)
             except NonFiniteCostError as error:
-                index = np.concatenate([part.index.reshape(-1) for part in parts])
+                index = np.concatenate([placed.index.reshape(-1) for placed in micro_batches])
                 picture = source.records[int(index[error.image])].file_name
                 raise NonFiniteLossError(
                     f"step {step}: {error}, picture {picture}: the network's output is NaN or infinite; "
@@ -130,7 +129,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
             trainer.matching_s = 0.0
             if recent:
                 _check_finite(*recent[-1])  # one step behind, so that the device need not wait
-            recent.append((step, losses, grad_norm))
+            recent.append((step, step_metrics))
 
             end_of_epoch = step % steps_per_epoch == 0
             last = step == total_steps
@@ -162,7 +161,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
                     scores = {"AP": summary["AP"]}
                 epoch, step_of_epoch = divmod(step, steps_per_epoch)
                 position = {"epoch": epoch, "batch": step_of_epoch, **planned_from}
-                saved = first(state)
+                saved = unreplicate(state)
                 _check_finite_parameters(step, saved.params)
                 checkpoints.save(step, saved, position, scores)
     finally:
@@ -288,14 +287,16 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _check_finite(step: int, losses: Losses, grad_norm: jax.Array) -> None:
-    """Raises NonFiniteLossError that names the first term that is NaN or infinite."""
+def _check_finite(step: int, metrics: StepMetrics) -> None:
+    """Raises NonFiniteLossError that names the first term that is NaN or infinite. Fetches one flag if none is."""
+    if jax.device_get(metrics.is_finite.addressable_data(0)).all():
+        return
+    losses = unreplicate(metrics.losses)
     terms = {"class": losses.class_loss, "L1": losses.l1_loss, "GIoU": losses.giou_loss, "total": losses.total}
     for name, values in terms.items():
-        if not np.isfinite(np.asarray(values)).all():
+        if not np.isfinite(values).all():
             raise NonFiniteLossError(f"step {step}: the {name} loss is not finite; use a lower config.optimizer.lr")
-    if not np.isfinite(np.asarray(grad_norm)).all():
-        raise NonFiniteLossError(f"step {step}: the gradient is not finite; use a lower config.optimizer.lr")
+    raise NonFiniteLossError(f"step {step}: the gradient is not finite; use a lower config.optimizer.lr")
 
 
 def _check_finite_parameters(step: int, params: Any) -> None:
@@ -304,16 +305,9 @@ def _check_finite_parameters(step: int, params: Any) -> None:
         raise NonFiniteLossError(f"step {step}: a parameter is not finite; use a lower config.optimizer.lr")
 
 
-class _Scalars(NamedTuple):
-    losses: Losses
-    grad_norm: float
-
-
-def _mean_scalars(
-    config: ml_collections.ConfigDict, recent: Sequence[tuple[int, Losses, jax.Array]]
-) -> dict[str, float]:
+def _mean_scalars(config: ml_collections.ConfigDict, recent: Sequence[tuple[int, StepMetrics]]) -> dict[str, float]:
     """Names and means over the steps of an interval; the loss terms are weighted, so that they add up to `loss`."""
-    fetched = [_Scalars(jax.tree.map(lambda x: np.asarray(x)[0], losses), float(norm[0])) for _, losses, norm in recent]
+    fetched = [unreplicate(metrics) for _, metrics in recent]
     mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *fetched)
     losses, weights = mean.losses, config.loss
     scalars = {
@@ -344,11 +338,12 @@ def _evaluate(
     """Runs every picture of the source and scores the detections. `variables` are replicated."""
     classes = build.classes_in_data(classes, source.categories)
     batches = build.make_eval_batches(config, source, host)
-    feed = Feed(batches, lambda batch: (batch.index, trainer.put(batch)))
+    feed = Feed(batches, trainer.put)
     results = []
     try:
-        for [(index, batch)] in feed:
-            detections = trainer.detect(variables, batch)
+        for [placed] in feed:
+            index = placed.index.reshape(-1)
+            detections = trainer.detect(variables, placed)
             if host[1] > 1:
                 detections, index = multihost_utils.process_allgather((detections, index), tiled=True)
             for row, i in enumerate(index):

@@ -27,7 +27,7 @@ def step_schedule(lr: float, *, warmup_steps: int, drop_step: int, drop_factor: 
     """`lr`, times `drop_factor` from `drop_step` on; before that a linear rise over the first `warmup_steps`."""
 
     def schedule(step: Float[Array, ""]) -> Float[Array, ""]:
-        rise = jnp.minimum((step + 1) / max(warmup_steps, 1), 1.0)
+        rise = jnp.minimum((step + 1.0) / max(warmup_steps, 1), 1.0)
         return lr * rise * jnp.where(step >= drop_step, drop_factor, 1.0)
 
     return schedule

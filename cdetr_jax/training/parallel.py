@@ -1,5 +1,6 @@
 """The one place that pmaps: wraps the parts of a step, replicates, shards and gathers."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,22 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from cdetr_jax.losses.criterion import Counts, Losses
+from cdetr_jax.losses.criterion import Counts
 from cdetr_jax.matching.assign import NonFiniteCostError, assign
 from cdetr_jax.structs import Batch, Detections, Match
-from cdetr_jax.training.step import AXIS, StepFunctions, TrainState
+from cdetr_jax.training.step import AXIS, StepFunctions, StepMetrics, TrainState
 
 
-def first(tree: Any) -> Any:
+def unreplicate(tree: Any) -> Any:
     """The first local device's copy of a replicated tree, as NumPy arrays of its own."""
-    return jax.tree.map(lambda x: np.array(x.addressable_data(0)).reshape(x.shape[1:]), tree)
+    return jax.tree.map(lambda x: np.array(jax.device_get(x.addressable_data(0))).reshape(x.shape[1:]), tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A micro-batch on its way to this process's devices, and what the host itself reads of it.
+
+    Attributes:
+      batch: on the devices, sharded along a new leading axis.
+      valid: `targets.valid` [devices, B, T], NumPy.
+      index: position of each picture in its source [devices, B], NumPy.
+    """
+
+    batch: Batch
+    valid: np.ndarray
+    index: np.ndarray
 
 
 class Trainer:
-    """The compiled train and evaluation steps of one configuration, on this host's devices.
+    """The compiled train and evaluation steps of one configuration, on this process's devices.
 
     Attributes:
-      devices: this host's devices that take part.
+      devices: this process's devices that take part.
       matching_s: seconds spent in the assignment on the host, since the caller last set it to 0.
     """
 
@@ -33,10 +49,13 @@ class Trainer:
         self.devices = list(devices or jax.local_devices())
         self.matching_s = 0.0
         self._num_queries = functions.model.num_queries
-        # With all devices pmap finds them itself, which is also what several hosts need.
+        mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
+        self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+        self._numbers: list[Array] = []
+        # With all devices pmap finds them itself, which is also what several processes need.
         chosen = None if devices is None else self.devices
-        self.forward = jax.pmap(functions.forward, AXIS, in_axes=(0, 0, 0, None), devices=chosen)
-        self.price = jax.pmap(functions.price, AXIS, devices=chosen)
+        self.forward = jax.pmap(functions.forward, AXIS, devices=chosen)
+        self.cost = jax.pmap(functions.cost, AXIS, devices=chosen)
         self.loss = jax.pmap(functions.loss, AXIS, devices=chosen)
         self.backward = jax.pmap(functions.backward, AXIS, devices=chosen)
         self.apply = jax.pmap(functions.apply, AXIS, donate_argnums=0, devices=chosen)
@@ -62,74 +81,78 @@ class Trainer:
 
         return jax.tree.map(cut, tree)
 
-    def put(self, batch: Batch) -> Batch:
-        """Shards a host batch and starts the transfer of its pixels; the rest is small, and needed here as well."""
+    def put(self, batch: Batch) -> "Placed":
+        """Starts the transfer of a host batch to the devices, all of it at once."""
         sharded = self.shard(batch)
-        mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
-        return sharded.replace(images=jax.device_put(sharded.images, sharding))
+        return Placed(self._put(sharded), sharded.targets.valid, sharded.index)
 
-    def step(self, state: TrainState, parts: list[Batch]) -> tuple[TrainState, Losses, Array]:
-        """One optimiser step over this host's micro-batches, one after the other.
+    def _put(self, tree: Any) -> Any:
+        """Starts the transfer of arrays whose leading axis counts this process's devices."""
+        return jax.device_put(tree, self._sharding)
+
+    def step(self, state: TrainState, micro_batches: list["Batch | Placed"]) -> tuple[TrainState, StepMetrics]:
+        """One optimiser step over this process's micro-batches, one after the other.
 
         Args:
-          parts: host batches, or what `put` made of them.
-        Returns: the new replicated state, the losses over everything that the step saw and the gradient norm before
-          clipping, both once per device.
-        Raises: NonFiniteCostError, with the row of the concatenated parts, if the predictions are not finite.
+          micro_batches: host batches, or what `put` made of them.
+        Returns: the new replicated state, and the step's metrics, once per device.
+        Raises: NonFiniteCostError, with the row of the concatenated micro-batches, if the predictions are not finite.
         """
-        parts = [self._sharded(part) for part in parts]
-        counts = self.counts(parts)
+        placed = [self._placed(batch) for batch in micro_batches]
+        counts = self.counts(placed)
         grads = losses = None
-        for i, part in enumerate(parts):
-            predictions, pullback = self.forward(state, part.images, part.sizes_hw, i)
-            match = self.match(self.price(predictions, part.targets), part, i)
-            cotangents, part_losses = self.loss(predictions, part.targets, match, counts)
-            part_grads = self.backward(pullback, cotangents)
+        for i, micro_batch in enumerate(placed):
+            batch = micro_batch.batch
+            predictions, pullback = self.forward(state, batch.images, batch.sizes_hw, self.number(i))
+            match = self.match(self.cost(predictions, batch.targets), micro_batch, i)
+            cotangents, new_losses = self.loss(predictions, batch.targets, match, counts)
+            new_grads = self.backward(pullback, cotangents)
             del predictions, pullback, cotangents
-            grads = part_grads if grads is None else self._add(grads, part_grads)
-            losses = part_losses if losses is None else jax.tree.map(jnp.add, losses, part_losses)
-        if len(parts) > 1:
-            # The loss terms are divided by what the whole step saw, so they add up; the errors are means over parts.
-            losses = losses.replace(
-                class_error=losses.class_error / len(parts), cardinality_error=losses.cardinality_error / len(parts)
-            )
-        state, grad_norm = self.apply(state, grads)
-        return state, losses, grad_norm
+            grads = new_grads if grads is None else self._add(grads, new_grads)
+            losses = new_losses if losses is None else self._add(losses, new_losses)
+        return self.apply(state, grads, losses)
 
-    def match(self, cost: Array, batch: Batch, part: int = 0) -> Match:
-        """Assigns on the host. `cost` and `batch` are sharded; so is what comes back.
+    def number(self, micro_batch: int) -> Array:
+        """The number of a micro-batch, on every device."""
+        while len(self._numbers) <= micro_batch:
+            self._numbers.append(self._put(np.full(len(self.devices), len(self._numbers), np.int32)))
+        return self._numbers[micro_batch]
 
-        Raises: NonFiniteCostError; `part` counts the batches of this size before, to name the row.
+    def match(self, cost: Array, placed: "Placed", micro_batch: int = 0) -> Match:
+        """Assigns on the host. `cost` is sharded; so is what comes back.
+
+        Raises: NonFiniteCostError; `micro_batch` counts the batches of this size before, to name the row.
         """
-        cost, valid = np.asarray(cost), np.asarray(batch.targets.valid)
+        cost, valid = jax.device_get(cost), placed.valid
         start = time.perf_counter()
         queries = []
         for device, (device_cost, device_valid) in enumerate(zip(cost, valid, strict=True)):
             try:
                 queries.append(assign(device_cost, device_valid))
             except NonFiniteCostError as error:
-                rows = part * valid.shape[0] * valid.shape[1] + device * valid.shape[1]
+                rows = micro_batch * valid.shape[0] * valid.shape[1] + device * valid.shape[1]
                 raise NonFiniteCostError(error.layer, rows + error.image) from None
         self.matching_s += time.perf_counter() - start
-        return Match(queries=np.stack(queries))
+        return Match(queries=self._put(np.stack(queries)))
 
-    def counts(self, parts: list[Batch]) -> Counts:
-        """What the losses are divided by, per local device, over all (sharded) parts."""
-        per_image = np.concatenate([np.asarray(part.targets.valid).sum(-1) for part in parts], axis=1)
-        return Counts(
-            targets=per_image.sum(1).astype(np.float32),
-            matched=np.minimum(per_image, self._num_queries).sum(1).astype(np.float32),
-            queries=np.full(len(per_image), per_image.shape[1] * self._num_queries, np.float32),
+    def counts(self, placed: list["Placed"]) -> Counts:
+        """What the losses are divided by, per local device, over all micro-batches of a step."""
+        per_image = np.concatenate([micro_batch.valid.sum(-1) for micro_batch in placed], axis=1)
+        counts = Counts(
+            targets=per_image.sum(1),
+            matched=np.minimum(per_image, self._num_queries).sum(1),
+            queries=np.full(len(per_image), per_image.shape[1] * self._num_queries),
+            micro_batches=np.full(len(per_image), len(placed)),
         )
+        return self._put(jax.tree.map(lambda x: x.astype(jnp.result_type(float)), counts))
 
-    def detect(self, variables: Any, batch: Batch) -> Detections:
+    def detect(self, variables: Any, batch: "Batch | Placed") -> Detections:
         """Detections of a host batch, or of what `put` made of one, as NumPy arrays in its order.
 
         `variables` are replicated.
         """
-        detections = self._detect(variables, self._sharded(batch))
-        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), detections)
+        detections = jax.device_get(self._detect(variables, self._placed(batch).batch))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), detections)
 
-    def _sharded(self, batch: Batch) -> Batch:
-        return batch if isinstance(batch.images, jax.Array) else self.shard(batch)
+    def _placed(self, batch: "Batch | Placed") -> "Placed":
+        return batch if isinstance(batch, Placed) else self.put(batch)

@@ -1,11 +1,11 @@
 """A train step around the matching on the host, as pure functions of one device's share, and the evaluation step.
 
     forward    params, pictures          -> predictions, pullback
-    price      predictions, targets      -> prices
-    (host)     prices                    -> match                            matching/assign.py
+    cost       predictions, targets      -> matching cost
+    (host)     matching cost             -> match                            matching/assign.py
     loss       predictions, match        -> losses, cotangents
     backward   pullback, cotangents      -> gradients
-    apply      gradients                 -> mean over devices -> clip -> AdamW
+    apply      gradients, losses         -> mean over devices -> clip -> AdamW, metrics
 
 The pullback is `jax.vjp`'s closure, a pytree of residuals, so that it can leave one program and enter another. Only the
 two small programs in the middle know the number of targets T: for another T the network is not compiled again.
@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from cdetr_jax.evaluation.postprocess import postprocess
+from cdetr_jax.evaluation.postprocess import detect
 from cdetr_jax.losses.criterion import Counts, Losses, criterion
 from cdetr_jax.matching.cost import matching_cost
 from cdetr_jax.models.detector import DetectionTransformer
@@ -68,6 +68,21 @@ class TrainState:
 
 
 @struct.dataclass
+class StepMetrics:
+    """What one optimiser step tells of itself, the same on every device.
+
+    Attributes:
+      losses: over everything that the step saw.
+      grad_norm: global norm before clipping.
+      is_finite: whether total loss and gradient norm are; a loss term that is not makes the total so.
+    """
+
+    losses: Losses
+    grad_norm: Float[Array, ""]
+    is_finite: Bool[Array, ""]
+
+
+@struct.dataclass
 class StepFunctions:
     """The pure functions of one configuration. See the module's docstring.
 
@@ -102,11 +117,15 @@ class StepFunctions:
         )
 
     def forward(
-        self, state: TrainState, images: UInt8[Array, "B H W 3"], sizes_hw: Int[Array, "B 2"], part: Int[Array, ""]
+        self,
+        state: TrainState,
+        images: UInt8[Array, "B H W 3"],
+        sizes_hw: Int[Array, "B 2"],
+        micro_batch: Int[Array, ""],
     ) -> tuple[Predictions, Pullback]:
-        """Predicts. `part` counts the micro-batches of one optimiser step."""
+        """Predicts. `micro_batch` counts those of one optimiser step."""
         rng = jax.random.wrap_key_data(state.rng, impl=RNG)
-        for number in (state.step, part, jax.lax.axis_index(AXIS)):
+        for number in (state.step, micro_batch, jax.lax.axis_index(AXIS)):
             rng = jax.random.fold_in(rng, number)
 
         def predict(params: Any) -> Predictions:
@@ -115,8 +134,8 @@ class StepFunctions:
 
         return jax.vjp(predict, state.params)
 
-    def price(self, predictions: Predictions, targets: Targets) -> Float[Array, "L B Q T"]:
-        """The prices of the matching."""
+    def cost(self, predictions: Predictions, targets: Targets) -> Float[Array, "L B Q T"]:
+        """The matching cost."""
         return matching_cost(predictions, targets, **self.cost_settings)
 
     def loss(
@@ -141,8 +160,8 @@ class StepFunctions:
         (grads,) = pullback(cotangents)
         return grads
 
-    def apply(self, state: TrainState, grads: Any) -> tuple[TrainState, Float[Array, ""]]:
-        """One optimiser step. Returns the new state and the gradient's global norm before clipping."""
+    def apply(self, state: TrainState, grads: Any, losses: Losses) -> tuple[TrainState, StepMetrics]:
+        """One optimiser step with the summed gradients of its micro-batches, and its losses, to pass on."""
         grads = jax.lax.pmean(grads, AXIS)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -150,14 +169,9 @@ class StepFunctions:
         if ema_params is not None:
             ema_params = optax.incremental_update(params, ema_params, 1 - self.ema_decay)
         new_state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params)
-        return new_state, optax.tree.norm(grads)
+        grad_norm = optax.tree.norm(grads)
+        return new_state, StepMetrics(losses, grad_norm, jnp.isfinite(losses.total) & jnp.isfinite(grad_norm))
 
     def detect(self, variables: Any, batch: Batch) -> Detections:
         """The evaluation step: the best detections in pixels of the original pictures."""
-        predictions = self.model.apply(variables, batch.images, batch.sizes_hw)
-        return postprocess(
-            predictions,
-            batch.original_sizes_hw,
-            class_loss=self.loss_settings["class_loss"],
-            top_k=self.top_k,
-        )
+        return detect(self.model, variables, batch.images, batch.sizes_hw, batch.original_sizes_hw, top_k=self.top_k)

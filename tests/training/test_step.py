@@ -1,9 +1,10 @@
 """The train step: devices, accumulation, moving average, dropout, and pictures without targets.
 
-Most tests run a stand-in for the detector that compiles in a moment; what they check are the parts of the step, which
-only see a module that makes `Predictions`. All batches have one shape, so that the tests share compiled programs.
+Most tests run a stand-in for the detector that compiles in a moment; what they check is the step, which
+only sees a module that makes `Predictions`. All batches have one shape, so that the tests share compiled programs.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from cdetr_jax.losses.criterion import Losses
 from cdetr_jax.matching.assign import NonFiniteCostError
 from cdetr_jax.models import resnet
 from cdetr_jax.models.detector import DetectionTransformer
@@ -35,6 +37,7 @@ class StandIn(nn.Module):
     """A detector of the least kind: two linear layers on all pixels."""
 
     num_queries: int = QUERIES
+    class_loss: str = "focal"
     num_logits: int = CLASSES
     dropout: float = 0.0
     pooled: bool = False  # then it takes pictures of any size
@@ -104,28 +107,29 @@ def make_batch(counts=(3, 0, 2, 1), shape=SHAPE, seed=0):
     return Batch(images, sizes, 2 * sizes, np.arange(size, dtype=np.int32), targets)
 
 
-def cut(batch, parts):
+def cut(batch, micro_batches):
     """Micro-batches, in order."""
-    size = len(batch.images) // parts
-    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(parts)]
+    size = len(batch.images) // micro_batches
+    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(micro_batches)]
 
 
-def run(functions, trainer, parts, *, steps=5, shape=SHAPE):
+def run(functions, trainer, micro_batches, *, steps=5, shape=SHAPE):
     """Returns the mean losses of each step, gradient norms and the last weights."""
     state = trainer.replicate(make_state(functions, shape))
     history, norms = [], []
     for _ in range(steps):
-        state, losses, norm = trainer.step(state, parts)
-        history.append(jax.tree.map(lambda x: np.asarray(x).mean(0), losses))
-        norms.append(np.asarray(norm))
+        state, metrics = trainer.step(state, micro_batches)
+        history.append(jax.tree.map(lambda x: np.asarray(x).mean(0), metrics.losses))
+        norms.append(np.asarray(metrics.grad_norm))
+        assert metrics.is_finite.all()
     for leaf in jax.tree.leaves(state.params):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))  # the devices agree
     assert int(state.step[0]) == steps
-    return history, np.array(norms)[:, 0], parallel.first(state.params)
+    return history, np.array(norms)[:, 0], parallel.unreplicate(state.params)
 
 
 def assert_same(actual, expected):
-    # Not the class error: it is a mean over parts and devices, whatever the number of matches in each.
+    # Not the class error: it is a mean over micro-batches and devices, whatever the number of matches in each.
     for a, b in zip(actual[0], expected[0], strict=True):
         for name in ("total", "class_loss", "l1_loss", "giou_loss", "cardinality_error"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), **CLOSE, err_msg=name)
@@ -221,8 +225,8 @@ def test_more_targets_than_queries(class_loss):
 
 def test_counts_are_over_all_parts_of_each_device():
     _, trainer = make_trainer(2)
-    parts = [trainer.shard(part) for part in cut(make_batch((3, 0, 2, 7)), 2)]
-    counts = trainer.counts(parts)
+    placed = [trainer.put(micro_batch) for micro_batch in cut(make_batch((3, 0, 2, 7)), 2)]
+    counts = trainer.counts(placed)
     # Device 0 sees pictures 0 and 2, device 1 pictures 1 and 3; five queries cannot answer for seven targets.
     np.testing.assert_array_equal(counts.targets, [5, 7])
     np.testing.assert_array_equal(counts.matched, [5, 5])
@@ -230,11 +234,11 @@ def test_counts_are_over_all_parts_of_each_device():
 
 
 def test_errors_are_means_over_parts():
-    """Four parts that are all the same picture have that picture's errors."""
+    """Four micro-batches that are all the same picture have that picture's errors."""
     functions, trainer = make_trainer(1)
-    part = jax.tree.map(lambda x: x[:1], make_batch())
-    history, _, _ = run(functions, trainer, [part] * 4, steps=1)
-    again, _, _ = run(functions, trainer, [part], steps=1)
+    micro_batch = jax.tree.map(lambda x: x[:1], make_batch())
+    history, _, _ = run(functions, trainer, [micro_batch] * 4, steps=1)
+    again, _, _ = run(functions, trainer, [micro_batch], steps=1)
     assert again[0].class_error > 0
     np.testing.assert_allclose(history[0].class_error, again[0].class_error, rtol=1e-6)
     np.testing.assert_allclose(history[0].cardinality_error, again[0].cardinality_error, rtol=1e-6)
@@ -246,32 +250,32 @@ def test_moving_average_follows_its_formula():
     expected = jax.tree.map(np.asarray, start.params)
     state = trainer.replicate(start)
     for _ in range(3):
-        state, _, _ = trainer.step(state, [make_batch()])
-        params = parallel.first(state.params)
+        state, _ = trainer.step(state, [make_batch()])
+        params = parallel.unreplicate(state.params)
         expected = jax.tree.map(lambda ema, new: EMA_DECAY * ema + (1 - EMA_DECAY) * new, expected, params)
-        actual = parallel.first(state.ema_params)
+        actual = parallel.unreplicate(state.ema_params)
         # Two roundings per step, in float32.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, expected)
-    evaluated = parallel.first(state.eval_variables["params"])
+    evaluated = parallel.unreplicate(state.eval_variables["params"])
     jax.tree.map(np.testing.assert_array_equal, evaluated, actual)
     assert np.abs(actual["heads"]["bias"] - params["heads"]["bias"]).max() > 1e-3
 
 
-def test_parts_of_different_shapes_weigh_what_their_targets_do():
+def test_micro_batches_of_different_shapes_weigh_what_their_targets_do():
     functions = make_functions(StandIn(pooled=True))
     trainer = parallel.Trainer(functions, jax.local_devices()[:1])
-    parts = [make_batch((3, 1)), make_batch((2, 0), shape=(8, 3), seed=1)]
+    micro_batches = [make_batch((3, 1)), make_batch((2, 0), shape=(8, 3), seed=1)]
 
-    def total(parts):
-        return float(trainer.step(trainer.replicate(make_state(functions)), parts)[1].total[0])
+    def total(micro_batches):
+        return float(trainer.step(trainer.replicate(make_state(functions)), micro_batches)[1].losses.total[0])
 
-    alone = [total([part]) for part in parts]
+    alone = [total([micro_batch]) for micro_batch in micro_batches]
     assert abs(alone[0] - alone[1]) > 0.1
-    np.testing.assert_allclose(total(parts), (4 * alone[0] + 2 * alone[1]) / 6, **CLOSE)
+    np.testing.assert_allclose(total(micro_batches), (4 * alone[0] + 2 * alone[1]) / 6, **CLOSE)
 
 
 def test_another_number_of_targets_leaves_the_network_compiled(monkeypatch):
-    originals = {name: getattr(StepFunctions, name) for name in ("forward", "price", "loss", "backward")}
+    originals = {name: getattr(StepFunctions, name) for name in ("forward", "cost", "loss", "backward")}
     compiled = []
     for name in originals:
 
@@ -283,26 +287,25 @@ def test_another_number_of_targets_leaves_the_network_compiled(monkeypatch):
     functions = make_functions(StandIn())
     trainer = parallel.Trainer(functions, jax.local_devices()[:1])
     first, second = cut(make_batch(), 2)
-    _, losses, norm = trainer.step(trainer.replicate(make_state(functions)), [first, second])
-    assert sorted(compiled) == ["backward", "forward", "loss", "price"]
+    _, metrics = trainer.step(trainer.replicate(make_state(functions)), [first, second])
+    assert sorted(compiled) == ["backward", "cost", "forward", "loss"]
     compiled.clear()
     wider = jax.tree.map(lambda x: np.pad(x, [(0, 0), (0, 4)] + [(0, 0)] * (x.ndim - 2)), second.targets)
-    parts = [first, second.replace(targets=wider)]
-    _, wider_losses, wider_norm = trainer.step(trainer.replicate(make_state(functions)), parts)
-    assert sorted(compiled) == ["loss", "price"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), wider_losses, losses)
-    np.testing.assert_allclose(wider_norm, norm, **CLOSE)
+    micro_batches = [first, second.replace(targets=wider)]
+    _, wider_metrics = trainer.step(trainer.replicate(make_state(functions)), micro_batches)
+    assert sorted(compiled) == ["cost", "loss"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), wider_metrics, metrics)
 
 
-def test_dropout_masks_follow_seed_step_part_and_device():
+def test_dropout_masks_follow_seed_step_micro_batch_and_device():
     functions, trainer = make_trainer(2, dropout=0.5)
     same = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), make_batch())  # both devices see the same pictures
 
-    def logits(seed, step, part):
+    def logits(seed, step, micro_batch):
         state = make_state(functions)
         state = state.replace(rng=jax.random.key_data(new_rng(seed)), step=jnp.array(step, jnp.int32))
-        batch = trainer.shard(same)
-        return np.asarray(trainer.forward(trainer.replicate(state), batch.images, batch.sizes_hw, part)[0].logits)
+        batch, number = trainer.put(same).batch, trainer.number(micro_batch)
+        return np.asarray(trainer.forward(trainer.replicate(state), batch.images, batch.sizes_hw, number)[0].logits)
 
     base = logits(0, 0, 0)
     np.testing.assert_array_equal(logits(0, 0, 0), base)
@@ -330,15 +333,42 @@ def test_detection_has_no_dropout_and_keeps_the_order():
     np.testing.assert_allclose(found[0].boxes_xyxy_px, found[1].boxes_xyxy_px, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("devices", "parts", "row"), [(1, 1, 3), (2, 1, 3), (2, 1, 0), (1, 2, 3), (2, 2, 2)])
-def test_not_finite_predictions_name_the_row_of_the_batch(devices, parts, row):
-    """`row` is the only picture with a target, whose price is NaN: the row is counted over all devices and parts."""
+@pytest.mark.parametrize(("devices", "micro_batches", "row"), [(1, 1, 3), (2, 1, 3), (2, 1, 0), (1, 2, 3), (2, 2, 2)])
+def test_not_finite_predictions_name_the_row_of_the_batch(devices, micro_batches, row):
+    """`row` is the only picture with a target, whose cost is NaN: the row is counted over all of them."""
     functions, trainer = make_trainer(devices)
     state = make_state(functions)
     bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params)
     batch = make_batch([2 * (i == row) for i in range(4)])
     with pytest.raises(NonFiniteCostError, match=rf"decoder layer 0 is not finite in row {row} of the batch"):
-        trainer.step(trainer.replicate(state.replace(params=bad)), cut(batch, parts))
+        trainer.step(trainer.replicate(state.replace(params=bad)), cut(batch, micro_batches))
+
+
+def test_a_step_moves_nothing_to_or_from_the_devices_unasked():
+    """Pictures, targets and match go out and the cost comes back, each in one transfer that is asked for."""
+    functions, trainer = make_trainer(2)
+    state = trainer.replicate(make_state(functions))
+    placed = [trainer.put(batch) for batch in cut(make_batch(), 2)]
+    state, _ = trainer.step(state, placed)  # compiles
+    with jax.transfer_guard("disallow"):
+        state, metrics = trainer.step(state, placed)
+        assert metrics.is_finite.addressable_data(0).shape == (1,)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            trainer.step(state, [dataclasses.replace(placed[0], batch=jax.tree.map(np.asarray, placed[0].batch))])
+
+
+@pytest.mark.parametrize("field", ["total", "grad_norm"])
+def test_one_flag_tells_that_a_step_is_not_finite(field):
+    functions, trainer = make_trainer(1)
+    state = trainer.replicate(make_state(functions))
+    grads = jax.tree.map(jnp.zeros_like, state.params)
+    nothing = jnp.zeros((1, LAYERS))
+    losses = Losses(jnp.ones(1), nothing, nothing, nothing, jnp.zeros(1), nothing)
+    if field == "total":
+        losses = losses.replace(total=jnp.full(1, jnp.nan))
+    else:
+        grads = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), grads)
+    assert not trainer.apply(state, grads, losses)[1].is_finite[0]
 
 
 def test_a_batch_that_does_not_divide_is_named():
