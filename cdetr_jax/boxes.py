@@ -10,12 +10,6 @@ def cxcywh_to_xyxy(boxes_cxcywh: Float[Array, "... 4"]) -> Float[Array, "... 4"]
     return jnp.concatenate([centre - 0.5 * size, centre + 0.5 * size], axis=-1)
 
 
-def xyxy_to_cxcywh(boxes_xyxy: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
-    """Corners to centre and size, in the same unit."""
-    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
-    return jnp.concatenate([0.5 * (low + high), high - low], axis=-1)
-
-
 def area(boxes_xyxy: Float[Array, "... 4"]) -> Float[Array, "..."]:
     """Width times height; negative where exactly one side is turned around."""
     size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]

@@ -1,22 +1,78 @@
-"""Writing a file so that it is there whole or not at all."""
+"""Paths, local or remote, and writing a file so that it is there whole or not at all."""
 
+import contextlib
+import importlib.util
 import os
+import re
+import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etils import epath
+
+GCS = "gs://"
+_REMOTE = re.compile(r"[a-z][a-z0-9+.-]+:/")  # with one slash it is what pathlib.Path leaves of a remote path
 
 
-@contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, which becomes `path` at the end of the block.
+def as_path(path: str | os.PathLike) -> "Path | epath.Path":
+    """The path as an object: a `pathlib.Path` if it is local, else an `epath.Path`, which has the same methods.
 
-    A full disk or a killed process leaves what was there before. Folders that are missing are made.
+    Args:
+      path: a local path, or `gs://bucket/folder`; that needs gcsfs or TensorFlow. `./a:/b` is local.
+    Raises: ValueError, if nothing can be written there: another scheme, or a package that is missing.
     """
-    path = Path(path)
+    text = os.fspath(path)
+    if not _REMOTE.match(text):
+        return Path(text)
+    if "://" not in text:
+        raise ValueError(f"{text} is a remote path that lost a slash; use a local path here, or a str with ://")
+    if not text.startswith(GCS):
+        scheme = text.split("://")[0]
+        raise ValueError(f"{text}: cannot write to {scheme}://; use a local path or {GCS}bucket/folder")
+    if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+        raise ValueError(f"{text}: {GCS} needs the package gcsfs; pip install 'cdetr_jax[gcs]', or use a local path")
+    from etils import epath  # a tenth of a second
+
+    return epath.Path(text)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path, as `as_path` takes it, is not on a disk of this machine."""
+    return not isinstance(as_path(path), Path)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary local name, whose file becomes `path` at the end of the block.
+
+    A full disk or a killed process leaves what was there before. Processes may write the same file at once: the last
+    one's stays. Folders that are missing are made.
+    Raises: ValueError, see `as_path`.
+    """
+    path = as_path(path)
+    with _name_beside(path) if isinstance(path, Path) else _name_to_upload(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _name_beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _name_to_upload(path: "epath.Path") -> Iterator[Path]:
+    """An object store shows an object when all of it has arrived, and knows no folders to be made."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        path.write_bytes(temporary.read_bytes())

@@ -1,5 +1,7 @@
 """The frozen records that the stages hand to each other, and the names of their axes.
 
+Shapes are those inside of a function of one device; between such functions there is an axis of devices before them.
+
 Axes: `B` batch, `Q` queries, `T` padded targets, `C` classes, `L` decoder layers, `N` heads, `D` width,
 `S` = `h*w` tokens, `K` kept detections, `H W` padded picture height and width in pixels.
 """
@@ -9,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from cdetr_jax.records import Category, Record
 
-__all__ = ["Batch", "Category", "Detections", "Match", "Predictions", "Record", "Targets"]
+__all__ = ["Batch", "Category", "Counts", "Detections", "Losses", "Match", "Predictions", "Record", "Targets"]
 
 
 @struct.dataclass
@@ -64,6 +66,43 @@ class Match:
     """The query that answers for each target, per layer; -1 for padded targets and those that got none."""
 
     queries: Int[Array, "L B T"]
+
+
+@struct.dataclass
+class Counts:
+    """What the losses are divided by, counted over everything that one optimiser step sees on this device.
+
+    Attributes:
+      targets: real objects.
+      matched: real objects that have a query (fewer than `targets` where an image has more objects than queries).
+      queries: pictures times queries.
+      micro_batches: calls of `criterion` whose losses are added up.
+    """
+
+    targets: Float[Array, ""]
+    matched: Float[Array, ""]
+    queries: Float[Array, ""]
+    micro_batches: Float[Array, ""] | float = 1.0
+
+
+@struct.dataclass
+class Losses:
+    """The total and its terms per decoder layer, unweighted; the errors are for the log only.
+
+    All of them are parts of an optimiser step's: those of its micro-batches add up.
+
+    Attributes:
+      class_error: percent of the matched queries whose best class is wrong, last layer.
+      cardinality_error: how far the number of queries whose best class is not the last one is from the number of
+        targets, mean over pictures (the published code's definition).
+    """
+
+    total: Float[Array, ""]
+    class_loss: Float[Array, "L"]
+    l1_loss: Float[Array, "L"]
+    giou_loss: Float[Array, "L"]
+    class_error: Float[Array, ""]
+    cardinality_error: Float[Array, "L"]
 
 
 @struct.dataclass

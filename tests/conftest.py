@@ -1,4 +1,4 @@
-"""Two virtual CPU devices for every test."""
+"""Two virtual CPU devices for every test; shapes are checked, and arrays of another rank do not broadcast."""
 
 import os
 
@@ -7,8 +7,14 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where one device's arrays are computed with. Elsewhere records also hold all devices' arrays, or shapes alone.
+install_import_hook(
+    [f"cdetr_jax.{name}" for name in ("boxes", "models", "matching", "losses", "evaluation")], "beartype.beartype"
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ ORDER = """
 records
 structs
 boxes files
-models/attention models/position
-models/resnet
+models/attention
+models/position models/resnet
 models/transformer
 models/detector
 matching/cost matching/assign
 losses/focal losses/box
 losses/criterion
-data/coco_categories data/kept data/synthetic
+data/coco_categories data/cache data/synthetic
 data/sources
 data/tfds_source
 data/joined data/archives

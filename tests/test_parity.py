@@ -18,12 +18,12 @@ from flax import traverse_util
 
 from cdetr_jax.checkpoints.torch_convert import OFFICIAL, from_torch, torch_name
 from cdetr_jax.evaluation.postprocess import postprocess
-from cdetr_jax.losses.criterion import Counts, criterion
+from cdetr_jax.losses.criterion import criterion
 from cdetr_jax.matching.assign import assign
 from cdetr_jax.matching.cost import matching_cost
 from cdetr_jax.models.detector import DetectionTransformer, padding_mask
 from cdetr_jax.models.resnet import frozen_modules
-from cdetr_jax.structs import Batch, Match, Targets
+from cdetr_jax.structs import Batch, Counts, Match, Targets
 from cdetr_jax.training import parallel
 from cdetr_jax.training.optimizer import make_optimizer
 from cdetr_jax.training.step import StepFunctions, TrainState, new_rng

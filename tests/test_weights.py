@@ -710,7 +710,6 @@ def test_a_detector_finds_the_same_from_every_format(tmp_path, monkeypatch):
     for source in ("hf://owner/model", "owner/m.2@v1.0"):
         assert Detector.from_pretrained(source).classes == CLASSES
     assert asked == ["hf://owner/model", "hf://owner/model", "hf://owner/m.2@v1.0"]
-    assert Detector.from_workdir(tmp_path / "run").classes == CLASSES  # its first name
 
 
 def test_a_local_folder_is_not_looked_for_in_the_hub(tmp_path, monkeypatch):

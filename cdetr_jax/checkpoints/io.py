@@ -1,7 +1,6 @@
 """Save, restore and keep the last n and the best of the whole training state, through Orbax."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from cdetr_jax.checkpoints import misfit
+from cdetr_jax.files import as_path, is_remote
 
 
 class Checkpoints:
@@ -20,8 +20,12 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
-        """Opens the folder. `keep`: how many of the latest to keep, beside the best by AP."""
-        self.directory = Path(workdir).resolve() / "checkpoints"
+        """Opens the folder. `keep`: how many of the latest to keep, beside the best by AP.
+
+        Raises: FileNotFoundError, if it is read only and not there; ValueError, see `as_path`.
+        """
+        folder = as_path(workdir)
+        self.directory = (folder if is_remote(folder) else folder.resolve()) / "checkpoints"
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),

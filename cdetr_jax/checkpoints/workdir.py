@@ -2,12 +2,11 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from cdetr_jax.files import whole_file
+from cdetr_jax.files import as_path, whole_file
 from cdetr_jax.structs import Category
 
 CONFIG, CLASSES = "config.json", "classes.json"
@@ -15,7 +14,7 @@ CONFIG, CLASSES = "config.json", "classes.json"
 
 def save_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
     """Writes `workdir/config.json`."""
-    write_json(Path(workdir) / CONFIG, config.to_dict())
+    write_json(as_path(workdir) / CONFIG, config.to_dict())
 
 
 def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -28,7 +27,7 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
 
 def save_classes(workdir: str | os.PathLike, classes: tuple[Category | None, ...]) -> None:
     """Writes `workdir/classes.json`: one entry a logit, null where it stands for nothing."""
-    write_json(Path(workdir) / CLASSES, classes_as_json(classes))
+    write_json(as_path(workdir) / CLASSES, classes_as_json(classes))
 
 
 def classes_as_json(classes: tuple[Category | None, ...]) -> list[dict[str, Any] | None]:
@@ -45,7 +44,7 @@ def load_classes(workdir: str | os.PathLike) -> tuple[Category | None, ...]:
 
 
 def _read(workdir: str | os.PathLike, name: str) -> Any:
-    path = Path(workdir) / name
+    path = as_path(workdir) / name
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: {workdir} is not the workdir of a run; train one with `cdetr train`"

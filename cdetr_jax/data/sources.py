@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from cdetr_jax.data.kept import Table, fingerprint_of, in_parallel, kept_table
+from cdetr_jax.data.cache import Table, cached_table, fingerprint_of, in_parallel
 from cdetr_jax.records import Category, Record
 
 PICTURE_ERRORS = (
@@ -224,7 +224,7 @@ class CocoFolder:
         return tuple(records)
 
     def _sizes_in_headers(self, images: "_Table", rows: list[int], names: list[str]) -> list[list[int]]:
-        """Height and width of the pictures of some rows, from the kept table or the files."""
+        """Height and width of the pictures of some rows, from the cached table or the files."""
         if not rows:
             return []
 
@@ -242,7 +242,7 @@ class CocoFolder:
 
         files = [self._folder.absolute(), *in_parallel(state, rows, "picture files")]
         what = f"the sizes of {len(rows)} pictures that {images.path} does not tell"
-        return kept_table(f"{images.path}.sizes.npz", fingerprint_of(files), what, make)["sizes_hw"].tolist()
+        return cached_table(f"{images.path}.sizes.npz", fingerprint_of(files), what, make)["sizes_hw"].tolist()
 
     @contextlib.contextmanager
     def _naming(self, images: "_Table", i: int, name: str) -> Iterator[None]:

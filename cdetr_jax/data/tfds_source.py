@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cdetr_jax.data.cache import Table, cached_table, fingerprint_of, in_parallel
 from cdetr_jax.data.coco_categories import COCO_CATEGORIES
-from cdetr_jax.data.kept import Table, fingerprint_of, in_parallel, kept_table
 from cdetr_jax.data.sources import PICTURE_ERRORS, bad_picture, open_checked, rgb_image
 from cdetr_jax.records import Category, Record
 
-_TABLE_VERSION = 1  # of the kept table; another one makes the tables anew
+_TABLE_VERSION = 1  # of the cached table; another one makes the tables anew
 _CHUNK = 64  # records read at once
 
 
@@ -62,7 +62,7 @@ class TfdsSource:
 
         path = folder / f"cdetr-{re.sub(r'[^A-Za-z0-9]+', '-', split)}.npz"
         what = f"boxes and picture sizes of {self._title}"
-        table = kept_table(path, _fingerprint(folder, split), what, self._read)
+        table = cached_table(path, _fingerprint(folder, split), what, self._read)
         is_exact = objects.get("area") is None or np.issubdtype(objects["area"].np_dtype, np.floating)
         self._order, self.records = _records(table, np.array(label_ids, np.int64), is_exact)
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt8
 
 from cdetr_jax import boxes
-from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.structs import Detections, Predictions
 
 
@@ -36,9 +36,9 @@ def postprocess(
     probs = jax.nn.sigmoid(logits) if focal else jax.nn.softmax(logits, axis=-1)[..., :-1]
     if known is not None:
         probs = probs[..., jnp.array(known)]
-    _, num_queries, num_classes = probs.shape
+    batch, num_queries, num_classes = probs.shape
     if focal:
-        scores, best = jax.lax.top_k(probs.reshape(len(probs), -1), min(top_k, num_queries * num_classes))
+        scores, best = jax.lax.top_k(probs.reshape(batch, -1), min(top_k, num_queries * num_classes))
         queries, labels = best // num_classes, best % num_classes
     else:
         scores, queries = jax.lax.top_k(probs.max(-1), min(top_k, num_queries))
@@ -53,7 +53,7 @@ def postprocess(
 
 
 def detect(
-    model: DetectionTransformer,
+    model: nn.Module,
     variables: Any,
     images: UInt8[Array, "B H W 3"],
     sizes_hw: Int[Array, "B 2"],
@@ -62,6 +62,6 @@ def detect(
     top_k: int,
     known: tuple[int, ...] | None = None,
 ) -> Detections:
-    """Model and `postprocess`: what evaluation, prediction and exported files run. Arguments: see there and `Batch`."""
+    """A detector and `postprocess`: what evaluation, prediction and exported files run. Arguments: see both."""
     predictions = model.apply(variables, images, sizes_hw)
     return postprocess(predictions, original_sizes_hw, class_loss=model.class_loss, top_k=top_k, known=known)

@@ -1,48 +1,10 @@
 """The training loss of matched predictions, summed over the decoder layers."""
 
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from cdetr_jax.losses import box, focal
-from cdetr_jax.structs import Match, Predictions, Targets
-
-
-@struct.dataclass
-class Counts:
-    """What the losses are divided by, counted over everything that one optimiser step sees on this device.
-
-    Attributes:
-      targets: real objects.
-      matched: real objects that have a query (fewer than `targets` where an image has more objects than queries).
-      queries: pictures times queries.
-      micro_batches: calls of `criterion` whose losses are added up.
-    """
-
-    targets: Float[Array, ""]
-    matched: Float[Array, ""]
-    queries: Float[Array, ""]
-    micro_batches: Float[Array, ""] | float = 1.0
-
-
-@struct.dataclass
-class Losses:
-    """The total and its terms per decoder layer, unweighted; the errors are for the log only.
-
-    All of them are parts of an optimiser step's: those of its micro-batches add up.
-
-    Attributes:
-      class_error: percent of the matched queries whose best class is wrong, last layer.
-      cardinality_error: how far the number of queries whose best class is not the last one is from the number of
-        targets, mean over pictures (the published code's definition).
-    """
-
-    total: Float[Array, ""]
-    class_loss: Float[Array, "L"]
-    l1_loss: Float[Array, "L"]
-    giou_loss: Float[Array, "L"]
-    class_error: Float[Array, ""]
-    cardinality_error: Float[Array, "L"]
+from cdetr_jax.structs import Counts, Losses, Match, Predictions, Targets
 
 
 def criterion(
@@ -101,7 +63,7 @@ def criterion(
     l1_term, giou_term = (term.sum(axis=(1, 2)) / num_targets for term in (l1, giou))
 
     best = logits.argmax(-1)
-    is_wrong = _at_queries(best[-1:, ..., None], match.queries[-1:])[..., 0] != targets.labels
+    is_wrong = _at_queries(best[-1:, ..., None], match.queries[-1:])[..., 0] != targets.labels[None]
     is_wrong = jnp.where(is_matched[-1:], is_wrong, False)
     num_predicted = (best != num_logits - 1).sum(-1)
     return Losses(
@@ -110,10 +72,10 @@ def criterion(
         l1_loss=l1_term,
         giou_loss=giou_term,
         class_error=100.0 * is_wrong.sum() / jnp.maximum(is_matched[-1:].sum(), 1) / counts.micro_batches,
-        cardinality_error=jnp.abs(num_predicted - targets.valid.sum(-1)).mean(-1) / counts.micro_batches,
+        cardinality_error=jnp.abs(num_predicted - targets.valid.sum(-1)[None]).mean(-1) / counts.micro_batches,
     )
 
 
-def _at_queries(values: Float[Array, "L B Q X"], queries: Int[Array, "L B T"]) -> Float[Array, "L B T X"]:
+def _at_queries(values: Shaped[Array, "l B Q X"], queries: Int[Array, "l B T"]) -> Shaped[Array, "l B T X"]:
     """The values of the matched queries; those of query 0 where there is none (-1)."""
     return jnp.take_along_axis(values, jnp.maximum(queries, 0)[..., None], axis=2)

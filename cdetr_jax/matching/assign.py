@@ -6,7 +6,7 @@ from scipy.optimize import linear_sum_assignment
 
 
 class NonFiniteCostError(FloatingPointError):
-    """A matching cost is NaN or infinite: the predictions are. `image` is the row of the batch, `layer` the decoder layer."""
+    """A matching cost is NaN or infinite: the predictions are. `image`: row of the batch; `layer`: decoder layer."""
 
     def __init__(self, layer: int, image: int):
         super().__init__(f"the matching cost of decoder layer {layer} is not finite in row {image} of the batch")

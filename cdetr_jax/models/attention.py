@@ -3,11 +3,12 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 
-def compute_dtype(dtype: DTypeLike, like: Array) -> jnp.dtype:
+def compute_dtype(dtype: DTypeLike, like: Array | np.ndarray) -> jnp.dtype:
     """The dtype to compute in: float32 means at least that, so that float64 parameters compute in float64."""
     return jnp.promote_types(dtype, like.dtype) if dtype == jnp.float32 else jnp.dtype(dtype)
 
@@ -17,6 +18,11 @@ xavier_uniform = nn.initializers.xavier_uniform()
 torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # Xavier over the packed [3 D, D] matrix that PyTorch's attention initialises as one.
 packed_xavier_uniform = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+
+
+def along_last(vector: Float[Array, "D"], like: Array) -> Float[Array, "..."]:
+    """The vector along the last axis of arrays with as many axes as `like`: nothing broadcasts by accident."""
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 class Linear(nn.Module):
@@ -33,7 +39,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
         bias = self.param("bias", self.bias_init or _uniform(fan_in**-0.5), (self.features,))
         dtype = compute_dtype(self.dtype, kernel)
-        return x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
+        return x.astype(dtype) @ kernel.astype(dtype) + along_last(bias.astype(dtype), x)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

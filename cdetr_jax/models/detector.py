@@ -6,14 +6,17 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from cdetr_jax.models import position
-from cdetr_jax.models.attention import MLP, Linear, torch_uniform
+from cdetr_jax.models.attention import MLP, Linear, along_last, torch_uniform
 from cdetr_jax.models.resnet import ResNet
 from cdetr_jax.models.transformer import Transformer
 from cdetr_jax.structs import Predictions
+
+AnyArray = Array | np.ndarray  # also outside of a compiled function
 
 MEAN_RGB = (0.485, 0.456, 0.406)
 STD_RGB = (0.229, 0.224, 0.225)
@@ -31,15 +34,16 @@ class Stages(NamedTuple):
     predictions: Predictions
 
 
-def padding_mask(sizes_hw: Int[Array, "B 2"], shape_hw: tuple[int, int]) -> Bool[Array, "B H W"]:
+def padding_mask(sizes_hw: Int[AnyArray, "B 2"], shape_hw: tuple[int, int]) -> Bool[Array, "B H W"]:
     """True outside of each picture's upper left `sizes_hw` pixels."""
     rows, columns = jnp.arange(shape_hw[0])[None, :, None], jnp.arange(shape_hw[1])[None, None, :]
     return (rows >= sizes_hw[:, 0, None, None]) | (columns >= sizes_hw[:, 1, None, None])
 
 
-def normalize(images: UInt8[Array, "B H W 3"], is_pad: Bool[Array, "B H W"]) -> Float[Array, "B H W 3"]:
+def normalize(images: UInt8[AnyArray, "B H W 3"], is_pad: Bool[Array, "B H W"]) -> Float[Array, "B H W 3"]:
     """ImageNet normalisation; padding is zero afterwards."""
-    x = (images / 255.0 - jnp.array(MEAN_RGB)) / jnp.array(STD_RGB)
+    mean, std = (along_last(jnp.array(rgb), images) for rgb in (MEAN_RGB, STD_RGB))
+    x = (images / 255.0 - mean) / std
     return jnp.where(is_pad[..., None], 0.0, x)
 
 
@@ -151,12 +155,12 @@ class DetectionTransformer(nn.Module):
         boxes = MLP((self.width, self.width, 4), torch_uniform, last_init=(zeros, zeros), name="bbox_embed")(f)
         if self.box_offset:
             offset = inverse_sigmoid(jax.nn.sigmoid(points))
-            boxes = boxes + jnp.pad(offset, ((0, 0), (0, 2)))  # equation (1)
+            boxes = boxes + jnp.pad(offset, ((0, 0), (0, 2)))[None, None]  # equation (1)
         predictions = Predictions(logits=logits, boxes_cxcywh=jax.nn.sigmoid(boxes))
         return Stages(features, is_pad, pos, memory, decoder_output, points, predictions)
 
     def __call__(
-        self, images: UInt8[Array, "B H W 3"], sizes_hw: Int[Array, "B 2"], train: bool = False
+        self, images: UInt8[AnyArray, "B H W 3"], sizes_hw: Int[AnyArray, "B 2"], train: bool = False
     ) -> Predictions:
         """Runs the detector on pictures as a `Batch` holds them: uint8, the real part in the upper left corner."""
         is_pad = padding_mask(sizes_hw, images.shape[1:3])

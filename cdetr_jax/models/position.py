@@ -5,11 +5,13 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from cdetr_jax.models.attention import along_last
+
 
 def _sine(positions: Float[Array, "..."], features: int, temperature: float) -> Float[Array, "... F"]:
     """sin on even and cos on odd features of `positions / temperature^(2 floor(i/2) / features)`."""
     i = jnp.arange(features // 2).astype(float)
-    angles = positions[..., None] / temperature ** (2.0 * i / features)
+    angles = positions[..., None] / along_last(temperature ** (2.0 * i / features), positions[..., None])
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions.shape, features)
 
 

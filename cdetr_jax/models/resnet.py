@@ -1,6 +1,7 @@
 """ResNet-18/34/50/101 (arXiv:1512.03385, torchvision's v1.5) with frozen batch norm and the DC5 option."""
 
 import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cdetr_jax.models.attention import compute_dtype
+from cdetr_jax.models.attention import along_last, compute_dtype
 
 STAGE_SIZES = {
     "resnet18": (2, 2, 2, 2),
@@ -123,7 +124,7 @@ class FrozenBatchNorm(nn.Module):
         mean = self.variable("constants", "mean", jnp.zeros, shape).value
         var = self.variable("constants", "var", jnp.ones, shape).value
         scale = scale * lax.rsqrt(var + self.eps)
-        return (x * scale + (bias - mean * scale)).astype(x.dtype)
+        return (x * along_last(scale, x) + along_last(bias - mean * scale, x)).astype(x.dtype)
 
 
 class GroupNorm(nn.Module):

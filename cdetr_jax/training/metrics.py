@@ -1,21 +1,22 @@
-"""What a run tells while it goes: a metrics file, TensorBoard where there is one, and its progress."""
+"""What a run tells while it goes: a metrics file, TensorBoard's files, and its progress."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import sys
+import time
+import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
 from absl import logging
 from tqdm import tqdm
 
-from cdetr_jax.files import whole_file
+from cdetr_jax.files import as_path, is_remote, whole_file
 from cdetr_jax.visualization.curve import read_metrics
 
 RATE_WINDOW_STEPS = 200  # the time left comes from the mean pace of so many steps
@@ -25,6 +26,7 @@ class MetricsFile:
     """A file of one JSON object a line, readable at any moment and after any kill; `read_metrics` reads it back.
 
     A number that is not finite becomes null, so that every line is valid JSON. Nothing is held open between writes.
+    An object store cannot append: there every line writes the file anew, which is some megabytes at a run's end.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -32,7 +34,7 @@ class MetricsFile:
 
         Raises: ValueError, if another line of an existing file is not JSON.
         """
-        self.path = Path(path)
+        self.path = as_path(path)
         if self.path.exists():
             self._replace(read_metrics(self.path))
 
@@ -40,6 +42,9 @@ class MetricsFile:
         """Appends one line. `scalars` may hold anything that float() takes, such as a zero-dimensional array."""
         row = {"step": int(step), "epoch": _finite(epoch), "kind": kind}
         row |= {name: _finite(value) for name, value in scalars.items()}
+        if is_remote(self.path):
+            self._replace([*(read_metrics(self.path) if self.path.exists() else []), row])
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
@@ -53,10 +58,39 @@ class MetricsFile:
             temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
 
 
-class MetricsWriter:
-    """Writes scalars to the metrics file, and to TensorBoard if it was given a writer of `clu.metric_writers`."""
+class TensorBoardFile:
+    """A file of TensorBoard's with scalars, written without TensorFlow and without a thread: a full disk raises."""
 
-    def __init__(self, file: MetricsFile, tensorboard=None):
+    def __init__(self, folder: Path):
+        """Starts a file of its own in the folder, beside those of earlier starts of the run."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._session, self._summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
+        self._writer = EventsWriter(str(folder.absolute() / "events"), f".{uuid.uuid4().hex}")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes scalars of one step, so that they can be seen at once."""
+        values = [self._summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
+        self._append(step, summary=self._summary(value=values))
+
+    def hide_after(self, step: int) -> None:
+        """Tells TensorBoard that what earlier files hold of later steps than this one is not valid."""
+        self._append(step + 1, session_log=self._session(status=self._session.START))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+    def _append(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=int(step), **content))
+        self._writer.flush()
+
+
+class MetricsWriter:
+    """Writes scalars to the metrics file, and to TensorBoard's if there is one."""
+
+    def __init__(self, file: MetricsFile, tensorboard: TensorBoardFile | None = None):
         self._file = file
         self._tensorboard = tensorboard
 
@@ -66,13 +100,15 @@ class MetricsWriter:
         """Writes scalars of one step; in TensorBoard their names start with the kind, "train/loss"."""
         self._file.write(step, epoch, kind, scalars)
         if self._tensorboard is not None:
-            named = {f"{kind}/{name}": float(value) for name, value in scalars.items()}
-            self._tensorboard.write_scalars(step, {**named, "epoch": float(epoch)})
-            self._tensorboard.flush()
+            self._tensorboard.write(
+                step, {f"{kind}/{name}": value for name, value in scalars.items()} | {"epoch": epoch}
+            )
 
     def truncate_after(self, step: int) -> None:
-        """At resume: drops what was written after the restored step. TensorBoard keeps its old points."""
+        """At resume: drops what was written after the restored step; TensorBoard stops showing it."""
         self._file.truncate_after(step)
+        if self._tensorboard is not None:
+            self._tensorboard.hide_after(step)
 
     def close(self) -> None:
         """Closes TensorBoard's file."""
@@ -81,21 +117,18 @@ class MetricsWriter:
 
 
 def make_writer(workdir: str | os.PathLike) -> MetricsWriter:
-    """A writer to `workdir/metrics.jsonl`, and to TensorBoard where TensorFlow and TensorBoard are installed.
+    """A writer to `workdir/metrics.jsonl`, and to a TensorBoard file beside it unless the workdir is remote.
 
-    To be called by one process of a run. Only here may training import TensorFlow, which takes seconds.
+    To be called by one process of a run.
     """
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = as_path(workdir)
     file = MetricsFile(workdir / "metrics.jsonl")
-    missing = [name for name in ("tensorflow", "tensorboard") if importlib.util.find_spec(name) is None]
-    if missing:
-        logging.info("Metrics go to %s; not to TensorBoard: no %s installed.", file.path, " and no ".join(missing))
+    if is_remote(workdir):
+        logging.info("Metrics go to %s; not to TensorBoard, whose files need a local workdir.", file.path)
         return MetricsWriter(file)
-    from clu import metric_writers
-
+    workdir.mkdir(parents=True, exist_ok=True)
     logging.info("Metrics go to %s and to TensorBoard's files in %s.", file.path, workdir)
-    return MetricsWriter(file, metric_writers.SummaryWriter(str(workdir)))
+    return MetricsWriter(file, TensorBoardFile(workdir))
 
 
 class IntervalTimer:

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from cdetr_jax.losses.criterion import Counts
 from cdetr_jax.matching.assign import NonFiniteCostError, assign
-from cdetr_jax.structs import Batch, Detections, Match
+from cdetr_jax.structs import Batch, Counts, Detections, Match
 from cdetr_jax.training.step import AXIS, StepFunctions, StepMetrics, TrainState
 
 

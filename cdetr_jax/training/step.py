@@ -14,6 +14,7 @@ two small programs in the middle know the number of targets T: for another T the
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,10 +22,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from cdetr_jax.evaluation.postprocess import detect
-from cdetr_jax.losses.criterion import Counts, Losses, criterion
+from cdetr_jax.losses.criterion import criterion
 from cdetr_jax.matching.cost import matching_cost
-from cdetr_jax.models.detector import DetectionTransformer
-from cdetr_jax.structs import Batch, Detections, Match, Predictions, Targets
+from cdetr_jax.structs import Batch, Counts, Detections, Losses, Match, Predictions, Targets
 
 AXIS = "devices"
 
@@ -74,7 +74,7 @@ class StepMetrics:
     Attributes:
       losses: over everything that the step saw.
       grad_norm: global norm before clipping.
-      is_finite: whether total loss and gradient norm are; a loss term that is not makes the total so.
+      is_finite: whether all of these are.
     """
 
     losses: Losses
@@ -87,14 +87,14 @@ class StepFunctions:
     """The pure functions of one configuration. See the module's docstring.
 
     Attributes:
-      model: the detector.
+      model: the detector, a module that makes `Predictions` of pictures and their sizes.
       optimizer: see `make_optimizer`.
       cost_settings, loss_settings: keyword arguments of `matching_cost` and `criterion`.
       ema_decay: 0 = no moving average.
       top_k: detections per picture.
     """
 
-    model: DetectionTransformer = struct.field(pytree_node=False)
+    model: nn.Module = struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
     cost_settings: dict[str, Any] = struct.field(pytree_node=False)
     loss_settings: dict[str, Any] = struct.field(pytree_node=False)
@@ -170,7 +170,8 @@ class StepFunctions:
             ema_params = optax.incremental_update(params, ema_params, 1 - self.ema_decay)
         new_state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema_params=ema_params)
         grad_norm = optax.tree.norm(grads)
-        return new_state, StepMetrics(losses, grad_norm, jnp.isfinite(losses.total) & jnp.isfinite(grad_norm))
+        is_finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves((losses, grad_norm))]).all()
+        return new_state, StepMetrics(losses, grad_norm, is_finite)
 
     def detect(self, variables: Any, batch: Batch) -> Detections:
         """The evaluation step: the best detections in pixels of the original pictures."""

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from pathlib import Path
+
+from cdetr_jax.files import as_path, whole_file
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
@@ -16,7 +17,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
       that was not finite.
     Raises: ValueError, if any other line is not JSON; FileNotFoundError.
     """
-    lines = Path(path).read_bytes().split(b"\n")
+    lines = as_path(path).read_bytes().split(b"\n")
     while lines and not lines[-1].strip():
         lines.pop()
     rows = []
@@ -71,7 +72,8 @@ def training_curve(metrics_jsonl: str | os.PathLike, output_png: str | os.PathLi
         all_axes[-1].set_ylabel("AP (fraction, 0 to 1)")
         all_axes[-1].legend(loc="upper left", ncols=3)
     all_axes[-1].set_xlabel("epochs")
-    figure.savefig(output_png, format="png")
+    with whole_file(output_png) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _series(rows: list[dict], kind: str, name: str) -> tuple[list[float], list[float]]:

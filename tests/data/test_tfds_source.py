@@ -14,7 +14,7 @@ from coco_archives import CMYK, FILE_NAMES, GRAY, WITHOUT_BOXES, detections, wri
 from PIL import Image
 
 from cdetr_jax import build
-from cdetr_jax.data import kept, tfds_source
+from cdetr_jax.data import cache, tfds_source
 from cdetr_jax.data.coco_categories import COCO_CATEGORIES
 from cdetr_jax.data.sources import BadPictureError, CocoFolder
 from cdetr_jax.data.tfds_source import TfdsSource, category_ids_of, find_prepared, object_areas, pixel_boxes
@@ -278,7 +278,7 @@ def test_damaged_records_are_named(coco, tmp_path):
     place = content.index(b"\xff\xd8\xff") + 200  # inside of the first JPEG
     content[place] ^= 1
     file.write_bytes(content)
-    os.utime(file, (state.st_atime, state.st_mtime))  # so that the kept table still holds
+    os.utime(file, (state.st_atime, state.st_mtime))  # so that the cached table still holds
     source = TfdsSource("coco/2017", tmp_path, "train")
     bad = []
     for i, record in enumerate(source.records):
@@ -307,13 +307,13 @@ def test_many_threads_can_read_it(coco):
     source = TfdsSource("coco/2017", coco[0], "train")
     expected = [source.load_image(i) for i in range(6)]
     source = TfdsSource("coco/2017", coco[0], "train")
-    found = kept.in_parallel(source.load_image, [i % 6 for i in range(300)], "pictures")
+    found = cache.in_parallel(source.load_image, [i % 6 for i in range(300)], "pictures")
     assert all(np.array_equal(pixels, expected[k % 6]) for k, pixels in enumerate(found))
 
 
 def test_a_read_only_set(coco, tmp_path, monkeypatch):
     shutil.copytree(coco[0] / "coco", tmp_path / "coco")
-    save = kept._save
+    save = cache._save
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
@@ -322,7 +322,7 @@ def test_a_read_only_set(coco, tmp_path, monkeypatch):
             raise OSError(30, "Read-only file system")
         save(file, *rest)
 
-    monkeypatch.setattr(kept, "_save", refuse)
+    monkeypatch.setattr(cache, "_save", refuse)
     TfdsSource("coco/2017", tmp_path, "train")
     monkeypatch.setattr(TfdsSource, "_read", None)
     assert len(TfdsSource("coco/2017", tmp_path, "train")) == 6

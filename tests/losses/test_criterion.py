@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cdetr_jax.losses import box, focal
-from cdetr_jax.losses.criterion import Counts, criterion
-from cdetr_jax.structs import Match, Predictions, Targets
+from cdetr_jax.losses.criterion import criterion
+from cdetr_jax.structs import Counts, Match, Predictions, Targets
 
 L, B, Q, T, C = 2, 3, 5, 4, 7
 SETTINGS = {

@@ -85,7 +85,7 @@ def test_padding_mask():
 
 
 def test_normalize():
-    images = np.array([[[[0, 0, 0], [255, 255, 255], [100, 50, 200]]]], np.uint8)
+    images = jnp.array([[[[0, 0, 0], [255, 255, 255], [100, 50, 200]]]], jnp.uint8)
     is_pad = jnp.array([[[False, False, False]]])
     expected = [
         [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225],

@@ -54,8 +54,8 @@ def test_conv2d_and_its_gradients(size, stride, dilation, h, w):
 
 
 def test_conv2d_of_one_window_by_hand():
-    x = np.arange(9, dtype=np.float32).reshape(1, 3, 3, 1)
-    kernel = np.arange(1, 10, dtype=np.float32).reshape(3, 3, 1, 1)
+    x = jnp.arange(9, dtype=jnp.float32).reshape(1, 3, 3, 1)
+    kernel = jnp.arange(1, 10, dtype=jnp.float32).reshape(3, 3, 1, 1)
     centre = (np.arange(9) * np.arange(1, 10)).sum()
     corner = 5 * 0 + 6 * 1 + 8 * 3 + 9 * 4  # the window over the upper left pixel sees rows and columns 0 and 1
     out = np.asarray(resnet.conv2d(x, kernel, 1, 1))[0, :, :, 0]
@@ -202,7 +202,7 @@ def test_group_norm_has_no_constants(short):
 
 
 def test_frozen_batch_norm_is_the_affine_map():
-    x = np.array([[[[3.0, -2.0]]]], np.float32)
+    x = jnp.array([[[[3.0, -2.0]]]])
     constants = {
         "scale": jnp.array([2.0, 0.5]),
         "bias": jnp.array([1.0, -1.0]),
@@ -212,3 +212,13 @@ def test_frozen_batch_norm_is_the_affine_map():
     actual = resnet.FrozenBatchNorm().apply({"constants": constants}, x)
     expected = [(3 - 1) / np.sqrt(4 + 1e-5) * 2 + 1, (-2 - 4) / np.sqrt(1e-5) * 0.5 - 1]
     np.testing.assert_allclose(np.asarray(actual).ravel(), expected, rtol=1e-6)
+
+
+def test_frozen_batch_norm_does_not_round_its_constants_to_bfloat16():
+    constants = {name: jnp.array([value]) for name, value in (("scale", 1.001), ("bias", 100.3), ("mean", 100.2))}
+    constants["var"] = jnp.array([1.0 - 1e-5])
+    x = jnp.full((1, 1, 1, 1), 100.0, jnp.bfloat16)
+    actual = resnet.FrozenBatchNorm().apply({"constants": constants}, x)
+    assert actual.dtype == jnp.bfloat16
+    # bfloat16 keeps 8 bits, which would make 1.0 of the scale.
+    assert float(actual[0, 0, 0, 0]) == float(jnp.bfloat16(100 * 1.001 + (100.3 - 100.2 * 1.001)))

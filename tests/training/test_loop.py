@@ -187,7 +187,7 @@ def test_evaluate_gives_the_number_of_the_run_and_uses_the_moving_average(undist
 
 
 def test_predict_reads_the_workdir(undisturbed):
-    detector = cdetr_jax.Detector.from_workdir(undisturbed[1])
+    detector = cdetr_jax.Detector.from_pretrained(undisturbed[1])
     picture = np.full((20, 40, 3), 77, np.uint8)
     found = detector(picture, threshold=0.0)
     assert len(found) == 7 * 5  # every pair of query and class: top_k is more
@@ -345,12 +345,12 @@ def test_parameters_that_are_not_finite_end_the_run_unsaved(every, log, message,
     trainer = loop.Trainer(loop._functions(make_config(), 5))
     apply, calls = trainer.apply, []
 
-    def poisoned(state, grads):
-        state, norm = apply(state, grads)
-        calls.append(norm)
+    def poisoned(state, grads, losses):
+        state, metrics = apply(state, grads, losses)
+        calls.append(metrics)
         if len(calls) == 2:
             state = state.replace(params=state.params | {"query_embed": state.params["query_embed"] * np.nan})
-        return state, norm
+        return state, metrics
 
     monkeypatch.setattr(trainer, "apply", poisoned)
     config = make_config(train={"checkpoint_every_steps": every, "log_every_steps": log})
@@ -369,7 +369,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(field, undisturbed, tmp_
     def poisoned(*arguments):
         cotangents, losses = loss(*arguments)
         calls.append(1)
-        if len(calls) == 3:  # two parts a step
+        if len(calls) == 3:  # two micro-batches a step
             losses = losses.replace(**{field: getattr(losses, field) * np.inf})
         return cotangents, losses
 

@@ -18,11 +18,10 @@ import numpy as np
 import optax
 import pytest
 
-from cdetr_jax.losses.criterion import Losses
 from cdetr_jax.matching.assign import NonFiniteCostError
 from cdetr_jax.models import resnet
 from cdetr_jax.models.detector import DetectionTransformer
-from cdetr_jax.structs import Batch, Predictions, Targets
+from cdetr_jax.structs import Batch, Losses, Predictions, Targets
 from cdetr_jax.training import parallel
 from cdetr_jax.training.optimizer import make_optimizer
 from cdetr_jax.training.step import StepFunctions, TrainState, new_rng
@@ -357,15 +356,15 @@ def test_a_step_moves_nothing_to_or_from_the_devices_unasked():
             trainer.step(state, [dataclasses.replace(placed[0], batch=jax.tree.map(np.asarray, placed[0].batch))])
 
 
-@pytest.mark.parametrize("field", ["total", "grad_norm"])
+@pytest.mark.parametrize("field", ["total", "giou_loss", "grad_norm"])
 def test_one_flag_tells_that_a_step_is_not_finite(field):
     functions, trainer = make_trainer(1)
     state = trainer.replicate(make_state(functions))
     grads = jax.tree.map(jnp.zeros_like, state.params)
     nothing = jnp.zeros((1, LAYERS))
     losses = Losses(jnp.ones(1), nothing, nothing, nothing, jnp.zeros(1), nothing)
-    if field == "total":
-        losses = losses.replace(total=jnp.full(1, jnp.nan))
+    if field != "grad_norm":
+        losses = losses.replace(**{field: getattr(losses, field) * jnp.nan})
     else:
         grads = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), grads)
     assert not trainer.apply(state, grads, losses)[1].is_finite[0]

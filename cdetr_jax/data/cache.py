@@ -1,9 +1,7 @@
-"""Tables that cost a pass over all pictures: made once, kept beside the data, made again when the data change."""
+"""Tables that cost a pass over all pictures: made once, cached beside the data, made again when the data change."""
 
-import contextlib
 import hashlib
 import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import TypeVar
 import numpy as np
 from absl import logging
 from tqdm import tqdm
+
+from cdetr_jax.files import as_path, whole_file
 
 Table = dict[str, np.ndarray]
 Item = TypeVar("Item")
@@ -26,23 +26,23 @@ def fingerprint_of(parts: Iterable[object]) -> str:
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
-def kept_table(path: str | os.PathLike, fingerprint: str, what: str, make: Callable[[], Table]) -> Table:
-    """Returns the table in a file, or makes and keeps it there.
+def cached_table(path: str | os.PathLike, fingerprint: str, what: str, make: Callable[[], Table]) -> Table:
+    """Returns the table in a file, or makes it and caches it there.
 
     Where the folder cannot be written to, the table goes to the user's cache, `$XDG_CACHE_HOME/cdetr_jax` or
     `~/.cache/cdetr_jax`; where that cannot be written to either, it is made at every start.
     Args:
       path: an .npz file. Written at one stroke, so that several processes may do so at once.
-      fingerprint: a kept table with another one, or a damaged one, is made again.
+      fingerprint: a cached table with another one, or a damaged one, is made again.
       what: what the log calls it.
       make: returns arrays of numbers and texts, no objects.
     """
-    files = (Path(path), _user_cache(path))
+    files = (as_path(path), _user_cache(path))
     for file in files:
         table = _load(file, fingerprint)
         if table is not None:
             return table
-    logging.info("reading %s once, to be kept in %s", what, files[0])
+    logging.info("reading %s once, to be cached in %s", what, files[0])
     table = make()
     for file in files:
         try:
@@ -51,10 +51,10 @@ def kept_table(path: str | os.PathLike, fingerprint: str, what: str, make: Calla
             logging.info("%s: cannot be written (%s)", file, error.strerror or error)
             continue
         if file != files[0]:
-            logging.info("%s: kept here instead", file)
+            logging.info("%s: cached here instead", file)
         break
     else:
-        logging.warning("%s cannot be kept and will be read again at the next start", what)
+        logging.warning("%s cannot be cached and will be read again at the next start", what)
     return table
 
 
@@ -93,13 +93,5 @@ def _with_names(fingerprint: str, names: Iterable[str]) -> str:
 
 
 def _save(file: Path, fingerprint: str, table: Table) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        with part.open("xb") as stream:
-            np.savez(stream, **{_FINGERPRINT: np.array(_with_names(fingerprint, table))}, **table)
-        part.replace(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    with whole_file(file) as temporary, temporary.open("xb") as stream:
+        np.savez(stream, **{_FINGERPRINT: np.array(_with_names(fingerprint, table))}, **table)

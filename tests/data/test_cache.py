@@ -1,4 +1,4 @@
-"""Tables that are kept beside the data: when they are read again, and what if they cannot be written."""
+"""Tables that are cached beside the data: when they are read again, and what if they cannot be written."""
 
 import logging
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdetr_jax.data import kept
-from cdetr_jax.data.kept import fingerprint_of, in_parallel, kept_table
+from cdetr_jax.data import cache
+from cdetr_jax.data.cache import cached_table, fingerprint_of, in_parallel
 from cdetr_jax.data.sources import CocoFolder
 
 
@@ -32,25 +32,25 @@ def own_cache(tmp_path, monkeypatch):
 def test_a_table_is_made_once(tmp_path, make, caplog):
     with caplog.at_level(logging.INFO, logger="absl"):
         for _ in range(2):
-            table = kept_table(tmp_path / "t.npz", "x", "the sizes", make)
+            table = cached_table(tmp_path / "t.npz", "x", "the sizes", make)
     np.testing.assert_array_equal(table["numbers"], [1, 2])
     assert table["texts"].tolist() == ["a", "äß"]
     assert table.keys() == {"numbers", "texts"}
     assert make.made == 1
-    assert caplog.text.count("reading the sizes once, to be kept in") == 1
+    assert caplog.text.count("reading the sizes once, to be cached in") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
 
 
 def test_another_fingerprint_makes_it_anew(tmp_path, make):
-    kept_table(tmp_path / "t.npz", "x", "it", make)
-    assert kept_table(tmp_path / "t.npz", "y", "it", make)["numbers"][0] == 2
-    assert kept_table(tmp_path / "t.npz", "y", "it", make)["numbers"][0] == 2
+    cached_table(tmp_path / "t.npz", "x", "it", make)
+    assert cached_table(tmp_path / "t.npz", "y", "it", make)["numbers"][0] == 2
+    assert cached_table(tmp_path / "t.npz", "y", "it", make)["numbers"][0] == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"no table", "half", "flipped"])
 def test_a_damaged_table_is_made_anew(tmp_path, make, damage):
     path = tmp_path / "t.npz"
-    kept_table(path, "x", "it", make)
+    cached_table(path, "x", "it", make)
     content = bytearray(path.read_bytes())
     if damage == "half":
         content = content[: len(content) // 2]
@@ -59,43 +59,43 @@ def test_a_damaged_table_is_made_anew(tmp_path, make, damage):
     else:
         content = damage
     path.write_bytes(content)
-    assert kept_table(path, "x", "it", make)["numbers"][0] == 2
-    assert kept_table(path, "x", "it", make)["numbers"][0] == 2
+    assert cached_table(path, "x", "it", make)["numbers"][0] == 2
+    assert cached_table(path, "x", "it", make)["numbers"][0] == 2
 
 
 def test_any_flipped_byte_is_found_or_harmless(tmp_path, make):
     path = tmp_path / "t.npz"
-    expected = kept_table(path, "x", "it", make)
+    expected = cached_table(path, "x", "it", make)
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         content = bytearray(whole)
         content[place] ^= 0xFF
         path.write_bytes(content)
-        table = kept_table(path, "x", "it", make)
+        table = cached_table(path, "x", "it", make)
         assert sorted(table) == sorted(expected)
         assert all(table[name].shape == expected[name].shape for name in expected)
         assert table["numbers"][1:].tolist() == expected["numbers"][1:].tolist()
 
 
 def test_where_the_data_cannot_be_written_to(tmp_path, make, monkeypatch, own_cache, caplog):
-    save = kept._save
+    save = cache._save
 
     def refuse(file, *rest):
         if own_cache not in file.parents:
             raise PermissionError(13, "Permission denied")
         save(file, *rest)
 
-    monkeypatch.setattr(kept, "_save", refuse)
+    monkeypatch.setattr(cache, "_save", refuse)
     with caplog.at_level(logging.INFO, logger="absl"):
         for _ in range(2):
-            kept_table(tmp_path / "t.npz", "x", "it", make)
+            cached_table(tmp_path / "t.npz", "x", "it", make)
     assert make.made == 1
     assert "t.npz: cannot be written (Permission denied)" in caplog.text
     assert "home/cdetr_jax/" in caplog.text
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/none")
-    kept_table(tmp_path / "t.npz", "x", "the sizes", make)
+    cached_table(tmp_path / "t.npz", "x", "the sizes", make)
     assert make.made == 2
-    assert "the sizes cannot be kept and will be read again at the next start" in caplog.text
+    assert "the sizes cannot be cached and will be read again at the next start" in caplog.text
 
 
 def test_in_parallel_keeps_the_order_and_raises():
@@ -144,7 +144,7 @@ def test_sizes_are_read_again_when_a_picture_changes(unsized):
     assert (CocoFolder(*unsized).records[0].height, CocoFolder(*unsized).records[0].width) == (31, 41)
 
 
-def test_nothing_is_kept_where_all_sizes_are_annotated(content, write, monkeypatch):
+def test_nothing_is_cached_where_all_sizes_are_annotated(content, write, monkeypatch):
     names = opened(monkeypatch)
     _, file = write(content)
     CocoFolder(_, file)
