@@ -21,7 +21,7 @@ def as_path(path: str | os.PathLike) -> "Path | epath.Path":
     """The path as an object: a `pathlib.Path` if it is local, else an `epath.Path`, which has the same methods.
 
     Args:
-      path: a local path, or `gs://bucket/folder`; that needs gcsfs or TensorFlow. `./a:/b` is local.
+      path: a local path, or `gs://bucket/folder`; that needs the package gcsfs. `./a:/b` is local.
     Raises: ValueError, if nothing can be written there: another scheme, or a package that is missing.
     """
     text = os.fspath(path)
@@ -32,9 +32,10 @@ def as_path(path: str | os.PathLike) -> "Path | epath.Path":
     if not text.startswith(GCS):
         scheme = text.split("://")[0]
         raise ValueError(f"{text}: cannot write to {scheme}://; use a local path or {GCS}bucket/folder")
-    if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+    if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(f"{text}: {GCS} needs the package gcsfs; pip install 'cdetr_jax[gcs]', or use a local path")
-    from etils import epath  # a tenth of a second
+    os.environ.setdefault("EPATH_USE_TF", "false")  # else epath imports TensorFlow where that is installed
+    from etils import epath  # takes a tenth of a second
 
     return epath.Path(text)
 

@@ -174,6 +174,23 @@ def test_wrong_arguments(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "--config=missing.py", "--workdir=foo://run"], "foo://run: cannot write to foo://; use a local"),
+        (["predict", "--weights=missing", "--output=s3://b/o", "missing.jpg"], "s3://b/o: cannot write to s3://"),
+        (["export", "--weights=missing", "--output=foo://b/o", "--to=onnx"], "foo://b/o: cannot write to foo://"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_first(arguments, message, capsys):
+    assert message in fails(capsys, arguments)
+
+
+def test_an_export_stays_on_this_machine(bucket, capsys):
+    error = fails(capsys, ["export", "--weights=missing", "--output=gs://bucket/o", "--to=onnx"])
+    assert "--output is gs://bucket/o, expected a local file" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["--config.optimizer.lrr=1"], 'there is no such config field: \'lrr\' Did you mean "lr" instead of "lrr"?'),
         (["--config.optimiser.lr=1"], 'Did you mean "optimizer" instead of "optimiser"?'),
         (["--config.train.batch_size=many"], "config.train.batch_size"),

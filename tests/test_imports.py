@@ -37,7 +37,7 @@ data/pipeline
 evaluation/postprocess
 evaluation/coco_eval
 visualization/draw visualization/curve
-training/optimizer training/step
+training/optimizer training/step training/tensorboard
 training/parallel training/metrics training/feed
 checkpoints/misfit
 checkpoints/io checkpoints/workdir checkpoints/torch_convert checkpoints/torch_files

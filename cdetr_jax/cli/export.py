@@ -13,6 +13,7 @@ import numpy as np
 from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.export import Detect, export_onnx, export_stablehlo, load_onnx, load_stablehlo, make_detect
+from cdetr_jax.files import is_remote
 from cdetr_jax.weights import Weights, load_weights
 
 FORMATS = {"stablehlo": (export_stablehlo, load_stablehlo), "onnx": (export_onnx, load_onnx)}
@@ -31,6 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     shape_hw = _shape(arguments.size) if arguments.size else None
     if arguments.top_k is not None and arguments.top_k < 1:
         raise ValueError(f"--top-k is {arguments.top_k}, expected at least 1")
+    if is_remote(arguments.output):
+        raise ValueError(f"--output is {arguments.output}, expected a local file, for it is loaded again and checked")
     set_up_logging()
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
     # The largest of the shapes holds every picture that is resized as the detector was evaluated.

@@ -1,15 +1,16 @@
 """`cdetr predict`."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from cdetr_jax.checkpoints.workdir import write_json
 from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.data.sources import BadPictureError
+from cdetr_jax.files import as_path, whole_file
 
 SHEET_PICTURES = 16
 
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if not 0 <= arguments.threshold <= 1:
         raise ValueError(f"--threshold is {arguments.threshold}, expected a score from 0 to 1")
+    output = as_path(arguments.output)
     inputs = _from_files(arguments.pictures)
     if not inputs and arguments.from_eval <= 0:
         raise ValueError("name at least one picture or folder, or ask for some with --from-eval=N")
@@ -41,7 +43,6 @@ def run(arguments: argparse.Namespace) -> None:
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
     inputs += _from_evaluation(weights, arguments.from_eval)
     detector = Detector(weights)
-    output = Path(arguments.output)
     results: list[dict[str, Any]] = []
     sheet: list[Image.Image] = []
     unreadable = 0
@@ -53,9 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
             unreadable += 1
             continue
         path = output / f"{each.drawing}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         drawing = objects.draw()
-        drawing.save(path)
+        with whole_file(path) as temporary:
+            drawing.save(temporary, format="PNG")
         if len(sheet) < SHEET_PICTURES:
             sheet.append(drawing)
         for class_id, name, score, (left, top, right, bottom) in zip(
@@ -69,10 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
             result = {"image_id": each.image_id, "category_id": class_id, "bbox": box, "score": score}
             results.append(result | {"file_name": each.file_name, "category_name": name})
         print(f"{each.file_name}: {_summary(objects.names)} -> {path}")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "predictions.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(output / "predictions.json", results)
     if len(sheet) > 1:
-        contact_sheet(sheet, columns=4).save(output / "sheet.png")
+        with whole_file(output / "sheet.png") as temporary:
+            contact_sheet(sheet, columns=4).save(temporary, format="PNG")
     print(f"{len(results)} objects in {len(inputs) - unreadable} pictures: {output / 'predictions.json'}")
     if unreadable:
         raise ValueError(f"{unreadable} of {len(inputs)} pictures could not be read, see above")

@@ -3,10 +3,12 @@
 import argparse
 
 from cdetr_jax.cli.settings import read_config, set_up_logging
+from cdetr_jax.files import as_path
 
 
 def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     """Trains, and says where things are."""
+    workdir = as_path(arguments.workdir)  # refuses what cannot be written to before anything is read
     config = read_config(arguments.config, fields)
     set_up_logging()
     import jax
@@ -16,13 +18,9 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
     if arguments.multihost:
         jax.distributed.initialize()
-    train_and_evaluate(config, arguments.workdir)
+    train_and_evaluate(config, workdir)
     if jax.process_index() > 0:
         return
-    curve = f"{arguments.workdir}/curve.png"
-    training_curve(f"{arguments.workdir}/metrics.jsonl", curve)
-    print(
-        f"checkpoints  {arguments.workdir}/checkpoints\n"
-        f"metrics      {arguments.workdir}/metrics.jsonl\n"
-        f"curve        {curve}"
-    )
+    metrics, curve = workdir / "metrics.jsonl", workdir / "curve.png"
+    training_curve(metrics, curve)
+    print(f"checkpoints  {workdir / 'checkpoints'}\nmetrics      {metrics}\ncurve        {curve}")

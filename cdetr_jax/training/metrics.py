@@ -5,18 +5,16 @@ import json
 import math
 import os
 import sys
-import time
-import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import Literal
 
 from absl import logging
 from tqdm import tqdm
 
 from cdetr_jax.files import as_path, is_remote, whole_file
+from cdetr_jax.training.tensorboard import TensorBoardFile
 from cdetr_jax.visualization.curve import read_metrics
 
 RATE_WINDOW_STEPS = 200  # the time left comes from the mean pace of so many steps
@@ -58,35 +56,6 @@ class MetricsFile:
             temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
 
 
-class TensorBoardFile:
-    """A file of TensorBoard's with scalars, written without TensorFlow and without a thread: a full disk raises."""
-
-    def __init__(self, folder: Path):
-        """Starts a file of its own in the folder, beside those of earlier starts of the run."""
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
-
-        self._event, self._session, self._summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
-        self._writer = EventsWriter(str(folder.absolute() / "events"), f".{uuid.uuid4().hex}")
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes scalars of one step, so that they can be seen at once."""
-        values = [self._summary.Value(tag=name, simple_value=float(value)) for name, value in scalars.items()]
-        self._append(step, summary=self._summary(value=values))
-
-    def hide_after(self, step: int) -> None:
-        """Tells TensorBoard that what earlier files hold of later steps than this one is not valid."""
-        self._append(step + 1, session_log=self._session(status=self._session.START))
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._writer.close()
-
-    def _append(self, step: int, **content: Any) -> None:
-        self._writer.write_event(self._event(wall_time=time.time(), step=int(step), **content))
-        self._writer.flush()
-
-
 class MetricsWriter:
     """Writes scalars to the metrics file, and to TensorBoard's if there is one."""
 
@@ -100,9 +69,8 @@ class MetricsWriter:
         """Writes scalars of one step; in TensorBoard their names start with the kind, "train/loss"."""
         self._file.write(step, epoch, kind, scalars)
         if self._tensorboard is not None:
-            self._tensorboard.write(
-                step, {f"{kind}/{name}": value for name, value in scalars.items()} | {"epoch": epoch}
-            )
+            named = {f"{kind}/{name}": value for name, value in scalars.items()}
+            self._tensorboard.write(step, {**named, "epoch": epoch})
 
     def truncate_after(self, step: int) -> None:
         """At resume: drops what was written after the restored step; TensorBoard stops showing it."""

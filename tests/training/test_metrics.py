@@ -1,19 +1,22 @@
-"""The metrics file through kills and resumes, the writer with and without TensorBoard, and progress."""
+"""The metrics file through kills and resumes, TensorBoard's files, a bucket, and progress."""
 
-import importlib.util
 import io
 import json
 import math
 import subprocess
 import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from cdetr_jax import files
 from cdetr_jax.training import metrics
 from cdetr_jax.training.metrics import IntervalTimer, MetricsFile, Progress, make_writer
+from cdetr_jax.training.tensorboard import TensorBoardFile
 from cdetr_jax.visualization.curve import read_metrics
 
 
@@ -33,10 +36,10 @@ def clock(monkeypatch):
     return clock
 
 
-@pytest.fixture
-def without_tensorboard(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+def events_of(folder):
+    """What TensorBoard reads in the files of a folder, oldest first, as the files hold it."""
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    return [Event.FromString(record) for file in files for record in RawEventFileLoader(str(file)).Load()]
 
 
 class Terminal(io.StringIO):
@@ -99,7 +102,7 @@ def test_truncation_that_fails_leaves_the_file_whole(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk is gone")
 
-    monkeypatch.setattr(metrics.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk is gone"):
         file.truncate_after(1)
     assert file.path.read_bytes() == before
@@ -111,66 +114,99 @@ def test_truncating_before_the_first_line_makes_no_file(tmp_path):
     assert not file.path.exists()
 
 
-def test_writer_without_tensorboard_says_so_and_writes_the_file(tmp_path, caplog, without_tensorboard):
+def test_scalars_go_to_both_files_and_the_log_says_where(tmp_path, caplog):
     caplog.set_level("INFO", logger="absl")
-    writer = make_writer(tmp_path / "new" / "run")
-    writer.write_scalars(7, {"loss": 3.0}, epoch=0.5, kind="train")
-    writer.write_scalars(9, {"loss": 2.0}, epoch=0.6, kind="train")
+    folder = tmp_path / "new" / "run"
+    writer = make_writer(folder)
+    writer.truncate_after(6)
+    writer.write_scalars(np.int64(7), {"loss": jnp.float32(3.0)}, epoch=0.5, kind="train")
+    writer.write_scalars(9, {"AP": 0.25, "AP50": math.nan}, epoch=0.75, kind="eval")
+    version, start, train, evaluation = events_of(folder)  # though the writer is still open
+    writer.close()
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (7, SessionLog.START)
+    assert (train.step, {value.tag: value.simple_value for value in train.summary.value}) == (
+        7,
+        {"train/loss": 3.0, "epoch": 0.5},
+    )
+    values = {value.tag: value.simple_value for value in evaluation.summary.value}
+    assert (evaluation.step, values.pop("eval/AP"), values.pop("epoch")) == (9, 0.25, 0.75)
+    assert math.isnan(values.pop("eval/AP50"))
+    assert values == {}
+    assert [(row["step"], row["kind"]) for row in read_metrics(folder / "metrics.jsonl")] == [(7, "train"), (9, "eval")]
+    assert f"Metrics go to {folder / 'metrics.jsonl'} and to TensorBoard's files in {folder}." in caplog.text
+
+
+def test_a_disk_that_is_full_for_tensorboard_raises(tmp_path):
+    (tmp_path / "full").symlink_to("/dev/full")
+    file = TensorBoardFile(tmp_path)
+    file.close()
+    file._file = (tmp_path / "full").open("wb", buffering=0)
+    with pytest.raises(OSError, match="No space left"):
+        file.write(7, {"loss": 3.0})
+    file.close()
+
+
+def test_tensorboard_forgets_what_a_resume_dropped(tmp_path):
+    for resumed_at, steps in ((0, (7, 300)), (8, (10, 70_000))):
+        writer = make_writer(tmp_path)
+        writer.truncate_after(resumed_at)
+        for step in steps:
+            writer.write_scalars(step, {"loss": step / 2, "Käfer " + 200 * "x": -1e-3}, epoch=0.5, kind="train")
+        writer.close()
+    assert len(list(tmp_path.glob("events*"))) == 2
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(7, 3.5), (10, 5.0), (70_000, 35e3)]
+    assert [event.value for event in read.Scalars("train/Käfer " + 200 * "x")] == 3 * [float(np.float32(-1e-3))]
+
+
+def test_tensorboard_skips_a_record_whose_checksum_is_wrong(tmp_path):
+    """So the checksums are looked at, and those of the other tests are right."""
+    file = TensorBoardFile(tmp_path)
+    file.write(7, {"loss": 3.0})
+    file.close()
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+    assert [event.file_version for event in events_of(tmp_path)] == ["brain.Event:2"]
+
+
+def test_in_a_bucket_lines_are_written_and_dropped_and_tensorboard_is_not_written(bucket, caplog):
+    caplog.set_level("INFO", logger="absl")
+    for _ in range(2):  # the second continues the file of the first
+        writer = make_writer("gs://bucket/run")
+        for step in (7, 9):
+            writer.write_scalars(step, {"loss": 3.0}, epoch=0.5, kind="train")
+        writer.close()
+    assert [row["step"] for row in read_metrics("gs://bucket/run/metrics.jsonl")] == [7, 9, 7, 9]
     writer.truncate_after(8)
-    writer.close()
-    assert read_metrics(tmp_path / "new" / "run" / "metrics.jsonl") == [
-        {"step": 7, "epoch": 0.5, "kind": "train", "loss": 3.0}
-    ]
-    assert "metrics.jsonl" in caplog.text
-    assert "not to TensorBoard" in caplog.text
-    assert "no tensorboard" in caplog.text
+    writer.write_scalars(10, {"loss": 2.0}, epoch=0.6, kind="train")
+    assert read_metrics(bucket / "run" / "metrics.jsonl")[-1]["loss"] == 2.0
+    assert [row["step"] for row in read_metrics(bucket / "run" / "metrics.jsonl")] == [7, 7, 10]
+    assert [path.name for path in (bucket / "run").iterdir()] == ["metrics.jsonl"]
+    assert "Metrics go to gs://bucket/run/metrics.jsonl; not to TensorBoard" in caplog.text
 
 
-def test_writer_hands_scalars_to_clu_under_their_kind(tmp_path, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, logdir):
-            calls.append(logdir)
-
-        def write_scalars(self, step, scalars):
-            calls.append((step, scalars))
-
-        def flush(self):
-            calls.append("flush")
-
-        def close(self):
-            calls.append("close")
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "clu", types.SimpleNamespace(metric_writers=module))
-    writer = make_writer(tmp_path)
-    writer.write_scalars(7, {"AP": jnp.float32(0.25)}, epoch=0.5, kind="eval")
-    writer.close()
-    assert calls == [str(tmp_path), (7, {"eval/AP": 0.25, "epoch": 0.5}), "flush", "close"]
-    assert read_metrics(tmp_path / "metrics.jsonl")[0]["AP"] == 0.25
-
-
-@pytest.mark.filterwarnings("ignore")  # TensorFlow's own, on import
-def test_tensorboard_reads_what_was_written(tmp_path):
-    pytest.importorskip("tensorflow")
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    writer = make_writer(tmp_path)
-    writer.write_scalars(7, {"loss": 3.0}, epoch=0.5, kind="train")
-    writer.write_scalars(9, {"loss": 2.5}, epoch=0.6, kind="train")
-    writer.close()
-    events = EventAccumulator(str(tmp_path)).Reload().Tensors("train/loss")
-    assert [(event.step, float(make_ndarray(event.tensor_proto))) for event in events] == [(7, 3.0), (9, 2.5)]
+def test_writing_metrics_imports_no_tensorflow(tmp_path):
+    """A package of that name that fails stands for the true one, which may not be installed."""
+    for name in ("tensorflow", "tensorboard", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from cdetr_jax.training.metrics import make_writer\n"
+        "writer = make_writer(sys.argv[1] + '/run')\n"
+        "writer.write_scalars(7, {'loss': 3.0}, epoch=0.5, kind='train')\n"
+        "writer.close()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert len(events_of(tmp_path / "run")) == 2
 
 
 def test_importing_loads_neither_tensorflow_nor_a_plotting_library():
     code = (
         "import sys, cdetr_jax.training.metrics, cdetr_jax.visualization.draw\n"
-        "print({'tensorflow', 'tensorboard', 'clu', 'matplotlib', 'jax'} & set(sys.modules))"
+        "print({'tensorflow', 'tensorboard', 'clu', 'matplotlib', 'jax', 'etils'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

@@ -86,3 +86,24 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is not JSON"):
         read_metrics(path)
+
+
+def test_a_bucket_holds_metrics_and_picture(bucket):
+    write(bucket / "metrics.jsonl", TRAIN + EVAL)
+    training_curve("gs://bucket/metrics.jsonl", "gs://bucket/curve.png")
+    assert (bucket / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(tmp_path, monkeypatch):
+    metrics, picture = write(tmp_path / "metrics.jsonl", TRAIN), tmp_path / "curve.png"
+    picture.write_bytes(b"old")
+
+    def fail(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        training_curve(metrics, picture)
+    assert picture.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 2
