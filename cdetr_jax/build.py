@@ -44,6 +44,7 @@ CHOICES = {
     "model.spatial_query": SPATIAL_QUERIES,
     "model.transformation": TRANSFORMATIONS,
     "model.compute_dtype": ("float32", "bfloat16"),
+    "model.matmul_precision": ("default", "high", "highest"),
     "data.source": ("coco_folder", "tfds", "coco_folder+tfds", "synthetic"),
     "data.class_ids": ("category_id", "contiguous"),
     "data.last_batch": LAST_BATCH,

@@ -135,7 +135,8 @@ def export_onnx(
     """
     _require("onnx")
     detect_known = make_detect(weights.make_model().clone(dtype=jnp.float32), weights.classes, top_k)
-    model = to_onnx(lambda *inputs: detect_known(weights.variables, *inputs), _inputs(shape_hw, batch))
+    variables = jax.tree.map(jnp.asarray, weights.variables)
+    model = to_onnx(lambda *inputs: detect_known(variables, *inputs), _inputs(shape_hw, batch))
     signature = _signature(weights, model.graph.output[0].type.tensor_type.shape.dim[1].dim_value, shape_hw, batch)
     model.producer_name, model.producer_version = "cdetr_jax", signature["version"]
     for key, value in (("classes", _class_list(weights.classes)), ("signature", json.dumps(signature))):
@@ -176,7 +177,7 @@ def load_onnx(path: str | os.PathLike) -> Detect:
         found = session.run(OUTPUTS, {"images": images, "sizes_hw": sizes_hw})
         return dict(zip(OUTPUTS, found, strict=True))
 
-    return detect_known
+    return detect
 
 
 def _inputs(shape_hw: tuple[int, int], batch: int | None) -> dict[str, jax.ShapeDtypeStruct]:

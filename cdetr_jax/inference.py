@@ -1,5 +1,6 @@
 """A trained detector in a few lines: load a workdir, call it on a picture."""
 
+import collections
 import dataclasses
 import functools
 import os
@@ -16,6 +17,7 @@ from cdetr_jax.data.plan import smallest_shape
 from cdetr_jax.data.sources import decode_rgb, open_picture
 from cdetr_jax.data.transforms import resize_for_evaluation
 from cdetr_jax.evaluation.postprocess import detect
+from cdetr_jax.structs import Detections
 from cdetr_jax.visualization.draw import draw_boxes
 from cdetr_jax.weights import Weights, load_weights
 
@@ -92,24 +94,58 @@ class Detector:
             source = HUB_PREFIX + source
         return cls(load_weights(source, checkpoint))
 
-    def __call__(self, picture: Picture | Sequence[Picture], threshold: float = 0.5) -> Objects | list[Objects]:
+    def __call__(
+        self, picture: Picture | Sequence[Picture], threshold: float = 0.5, batch_size: int = 8
+    ) -> Objects | list[Objects]:
         """Finds the objects of one picture, or of each of a list.
 
         Args:
           picture: path, PIL image, or uint8 array [H, W, 3] RGB; a file's EXIF rotation is applied.
           threshold: lowest score.
+          batch_size: pictures of a list that run together, where as many have the same padded shape; the rest run one
+            by one, so that a shape is compiled for two sizes of batch at most.
         Raises: BadPictureError, if a file is not a picture; ValueError, if an array is not one.
         """
-        if isinstance(picture, (list, tuple)):
-            return [self(one, threshold) for one in picture]
-        image = _as_array(picture)
-        resized = resize_for_evaluation(image, self._preprocessing.short_side_px, self._preprocessing.long_side_max_px)
-        size_hw = np.array([resized.shape[:2]], np.int32)
-        shape_hw = smallest_shape(size_hw, self._preprocessing.shapes_hw)[0]
-        padded = np.zeros((1, *shape_hw, 3), np.uint8)
-        padded[0, : resized.shape[0], : resized.shape[1]] = resized
-        original_hw = np.array([image.shape[:2]], np.int32)
-        found = jax.tree.map(lambda x: np.asarray(x)[0], self._detect(self._variables, padded, size_hw, original_hw))
+        if not isinstance(picture, (list, tuple)):
+            return self([picture], threshold, batch_size)[0]
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        found: list[Objects | None] = [None] * len(picture)
+        waiting = collections.defaultdict(list)  # by padded shape
+        for i, one in enumerate(picture):
+            image = _as_array(one)
+            sides = self._preprocessing.short_side_px, self._preprocessing.long_side_max_px
+            resized = resize_for_evaluation(image, *sides)
+            shape_hw = smallest_shape(np.array([resized.shape[:2]]), self._preprocessing.shapes_hw)[0]
+            together = waiting[tuple(shape_hw)]
+            together.append((i, image, resized))
+            if len(together) == batch_size:
+                self._find(together, shape_hw, threshold, found)
+                together.clear()
+        for shape_hw, rest in waiting.items():
+            for one in rest:
+                self._find([one], shape_hw, threshold, found)
+        return found
+
+    def _find(
+        self,
+        pictures: list[tuple[int, np.ndarray, np.ndarray]],
+        shape_hw: Sequence[int],
+        threshold: float,
+        found: list[Objects | None],
+    ) -> None:
+        """Runs (place in `found`, picture, resized picture) as one batch."""
+        padded = np.zeros((len(pictures), *shape_hw, 3), np.uint8)
+        for row, (_, _, resized) in zip(padded, pictures, strict=True):
+            row[: resized.shape[0], : resized.shape[1]] = resized
+        sizes_hw, original_sizes_hw = (
+            np.array([entry[which].shape[:2] for entry in pictures], np.int32) for which in (2, 1)
+        )
+        detections = jax.device_get(self._detect(self._variables, padded, sizes_hw, original_sizes_hw))
+        for row, (i, image, _) in enumerate(pictures):
+            found[i] = self._objects(image, jax.tree.map(lambda x, row=row: x[row], detections), threshold)
+
+    def _objects(self, image: np.ndarray, found: Detections, threshold: float) -> Objects:
         known = np.array([self.classes[label] is not None for label in found.labels])
         kept = (found.scores >= threshold) & known
         categories = [self.classes[label] for label in found.labels[kept]]

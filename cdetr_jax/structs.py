@@ -6,12 +6,26 @@ Axes: `B` batch, `Q` queries, `T` padded targets, `C` classes, `L` decoder layer
 `S` = `h*w` tokens, `K` kept detections, `H W` padded picture height and width in pixels.
 """
 
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from cdetr_jax.records import Category, Record
 
-__all__ = ["Batch", "Category", "Counts", "Detections", "Losses", "Match", "Predictions", "Record", "Targets"]
+AnyArray = Array | np.ndarray  # where a function is also called outside of a compiled program
+
+__all__ = [
+    "AnyArray",
+    "Batch",
+    "Category",
+    "Counts",
+    "Detections",
+    "Losses",
+    "Match",
+    "Predictions",
+    "Record",
+    "Targets",
+]
 
 
 @struct.dataclass

@@ -34,7 +34,7 @@ from cdetr_jax.data.plan import evaluation_shapes
 from cdetr_jax.models.detector import DetectionTransformer
 
 # Fields of config.model that the weights do not depend on: a config may set them as it likes.
-FREE_FIELDS = ("dropout", "frozen_stages", "compute_dtype")
+FREE_FIELDS = ("dropout", "frozen_stages", "compute_dtype", "matmul_precision")
 HEAD = "params/class_embed/"
 
 

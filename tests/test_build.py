@@ -261,6 +261,7 @@ def test_the_published_values():
             "temperature": 10000.0,
             "local_gain": 0.0,
             "norm_between_layers": False,
+            "matmul_precision": "default",
             "compute_dtype": "float32",
         },
         "matcher": {"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0},

@@ -74,6 +74,7 @@ def load_case(name: str) -> Case:
         decoder_layers=meta["dec"],
         num_queries=meta["queries"],
         dropout=0.0,
+        matmul_precision="highest",
     )
     sizes = [tuple(map(int, size.split("x"))) for size in meta["sizes"].split(",")]
     shape = np.max(sizes, axis=0)
@@ -310,6 +311,7 @@ def test_three_optimizer_steps(case, started):
     assert all(delta == 0 for name, delta in deltas.items() if name not in trainable), "frozen stages moved"
 
 
+@pytest.mark.parametrize("case", ["official_r50"], indirect=True, scope="module")
 def test_how_far_float32_gradients_are_from_the_truth(case, first_gradients):
     """For the same match, whose near-ties are another matter."""
     truth, match = first_gradients

@@ -683,6 +683,25 @@ def tame(made):
     return made
 
 
+def test_a_list_runs_in_batches_and_finds_what_each_picture_alone_does():
+    detector = Detector(tame(made_up()))
+    batches, detect = [], detector._detect
+    detector._detect = lambda *arguments: batches.append(arguments[1].shape) or detect(*arguments)
+    upright, wide = picture(), np.ascontiguousarray(picture().swapaxes(0, 1))
+    pictures = [upright, wide, upright[::-1], upright[:, ::-1], wide[::-1]]
+    together = detector(pictures, threshold=0.0, batch_size=2)
+    assert sorted(shape[0] for shape in batches) == [1, 2, 2]
+    for found, one in zip(together, pictures, strict=True):
+        alone = detector(one, threshold=0.0)
+        np.testing.assert_array_equal(found.image, one)
+        # Another batch size may add up in another order.
+        np.testing.assert_allclose(found.scores, alone.scores, rtol=1e-5)
+        np.testing.assert_allclose(found.boxes_xyxy_px, alone.boxes_xyxy_px, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
+        detector(pictures, batch_size=0)
+    assert detector([]) == []
+
+
 def same_objects(found, expected):
     for field in dataclasses.fields(Objects):
         np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))

@@ -3,12 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from cdetr_jax.structs import AnyArray
 
-def compute_dtype(dtype: DTypeLike, like: Array | np.ndarray) -> jnp.dtype:
+
+def compute_dtype(dtype: DTypeLike, like: AnyArray) -> jnp.dtype:
     """The dtype to compute in: float32 means at least that, so that float64 parameters compute in float64."""
     return jnp.promote_types(dtype, like.dtype) if dtype == jnp.float32 else jnp.dtype(dtype)
 
@@ -20,7 +21,7 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 packed_xavier_uniform = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 
 
-def along_last(vector: Float[Array, "D"], like: Array) -> Float[Array, "..."]:
+def along_last(vector: Float[AnyArray, "D"], like: AnyArray) -> Float[AnyArray, "..."]:
     """The vector along the last axis of arrays with as many axes as `like`: nothing broadcasts by accident."""
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 

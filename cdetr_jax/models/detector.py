@@ -6,7 +6,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -14,9 +13,7 @@ from cdetr_jax.models import position
 from cdetr_jax.models.attention import MLP, Linear, along_last, torch_uniform
 from cdetr_jax.models.resnet import ResNet
 from cdetr_jax.models.transformer import Transformer
-from cdetr_jax.structs import Predictions
-
-AnyArray = Array | np.ndarray  # also outside of a compiled function
+from cdetr_jax.structs import AnyArray, Predictions
 
 MEAN_RGB = (0.485, 0.456, 0.406)
 STD_RGB = (0.229, 0.224, 0.225)
@@ -43,7 +40,7 @@ def padding_mask(sizes_hw: Int[AnyArray, "B 2"], shape_hw: tuple[int, int]) -> B
 def normalize(images: UInt8[AnyArray, "B H W 3"], is_pad: Bool[Array, "B H W"]) -> Float[Array, "B H W 3"]:
     """ImageNet normalisation; padding is zero afterwards."""
     mean, std = (along_last(jnp.array(rgb), images) for rgb in (MEAN_RGB, STD_RGB))
-    x = (images / 255.0 - mean) / std
+    x = (images.astype(float) / 255.0 - mean) / std
     return jnp.where(is_pad[..., None], 0.0, x)
 
 
@@ -68,6 +65,8 @@ class DetectionTransformer(nn.Module):
       box_offset: boxes are sigmoid(FFN(f) + [s, 0, 0]), equation (1); else sigmoid(FFN(f)).
       dtype: of the backbone's and the transformer's computation; heads and boxes are at least float32. float32 means
         at least that everywhere: float64 variables compute in float64 (`jax_enable_x64`).
+      matmul_precision: of products and convolutions of float32 numbers on accelerators: `default`, the chip's fastest
+        (TF32 on a GPU, bfloat16 on a TPU), `high` or `highest` (float32). CPUs always compute in full.
       The rest: see `ResNet` and `Transformer`.
     """
 
@@ -94,8 +93,8 @@ class DetectionTransformer(nn.Module):
     local_gain: float = 0.0
     norm_between_layers: bool = False
     dtype: DTypeLike = jnp.float32
+    matmul_precision: str = "default"
 
-    @nn.compact
     def stages(self, images: Float[Array, "B H W 3"], is_pad: Bool[Array, "B H W"], train: bool = False) -> Stages:
         """Runs the detector on normalised pictures and returns what every stage gives.
 
@@ -104,6 +103,11 @@ class DetectionTransformer(nn.Module):
           is_pad: True = padding.
           train: dropout is on; needs the rng `dropout`.
         """
+        with jax.default_matmul_precision(self.matmul_precision):
+            return self._stages(images, is_pad, train)
+
+    @nn.compact
+    def _stages(self, images: Float[Array, "B H W 3"], is_pad: Bool[Array, "B H W"], train: bool) -> Stages:
         features = ResNet(
             self.backbone,
             self.backbone_width,

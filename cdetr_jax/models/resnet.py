@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cdetr_jax.models.attention import along_last, compute_dtype
+from cdetr_jax.structs import AnyArray
 
 STAGE_SIZES = {
     "resnet18": (2, 2, 2, 2),
@@ -22,7 +23,7 @@ BOTTLENECK = {"resnet18": False, "resnet34": False, "resnet50": True, "resnet101
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _plain_conv(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
+def _plain_conv(x, kernel, stride: int, dilation: int, precision: str | None = None):
     pad = dilation * (kernel.shape[0] // 2)
     return lax.conv_general_dilated(
         x,
@@ -31,27 +32,34 @@ def _plain_conv(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
         padding=((pad, pad), (pad, pad)),
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv2d(
-    x: Float[Array, "B H W I"], kernel: Float[Array, "K K I O"], stride: int, dilation: int
-) -> Float[Array, "B h w O"]:
+    x: Float[AnyArray, "B H W I"], kernel: Float[AnyArray, "K K I O"], stride: int, dilation: int
+) -> Float[AnyArray, "B h w O"]:
     """Convolution with PyTorch's symmetric padding, `dilation * (K // 2)` on every side.
 
     The kernel's gradient is a sum over pixels for each of the `K*K` taps. XLA's CPU backend runs the convolution that
     differentiation gives for it several times slower than it runs the same sum as `K*K` matrix products, so on a CPU
     it is written that way, unless there are so few channels that the products are thin.
     """
-    return _plain_conv(x, kernel, stride, dilation)
+    # Handed on by name: the backward pass is traced later, when the default precision may be another.
+    return _conv2d(x, kernel, stride, dilation, jax.config.jax_default_matmul_precision)
 
 
-def _conv2d_fwd(x, kernel, stride, dilation):
-    return _plain_conv(x, kernel, stride, dilation), (x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv2d(x, kernel, stride, dilation, precision):
+    return _plain_conv(x, kernel, stride, dilation, precision)
 
 
-def _kernel_gradient_by_taps(x, kernel, ct, *, stride: int, dilation: int):
+def _conv2d_fwd(x, kernel, stride, dilation, precision):
+    return _plain_conv(x, kernel, stride, dilation, precision), (x, kernel)
+
+
+def _kernel_gradient_by_taps(x, kernel, ct, *, stride: int, dilation: int, precision: str | None = None):
+    del precision  # runs on CPUs, which compute in full
     size, _, features_in, features_out = kernel.shape
     _, h, w, _ = ct.shape
     pad = dilation * (size // 2)
@@ -66,14 +74,14 @@ def _kernel_gradient_by_taps(x, kernel, ct, *, stride: int, dilation: int):
     return jnp.stack(taps).reshape(kernel.shape)
 
 
-def _kernel_gradient_by_conv(x, kernel, ct, *, stride: int, dilation: int):
-    return jax.vjp(lambda k: _plain_conv(x, k, stride, dilation), kernel)[1](ct)[0]
+def _kernel_gradient_by_conv(x, kernel, ct, *, stride: int, dilation: int, precision: str | None = None):
+    return jax.vjp(lambda k: _plain_conv(x, k, stride, dilation, precision), kernel)[1](ct)[0]
 
 
-def _conv2d_bwd(stride, dilation, residuals, ct):
+def _conv2d_bwd(stride, dilation, precision, residuals, ct):
     x, kernel = residuals
-    (x_ct,) = jax.vjp(lambda x: _plain_conv(x, kernel, stride, dilation), x)[1](ct)
-    settings = {"stride": stride, "dilation": dilation}
+    (x_ct,) = jax.vjp(lambda x: _plain_conv(x, kernel, stride, dilation, precision), x)[1](ct)
+    settings = {"stride": stride, "dilation": dilation, "precision": precision}
     by_conv = functools.partial(_kernel_gradient_by_conv, **settings)
     if min(kernel.shape[2:]) < 64:
         return x_ct, by_conv(x, kernel, ct)
@@ -81,7 +89,7 @@ def _conv2d_bwd(stride, dilation, residuals, ct):
     return x_ct, lax.platform_dependent(x, kernel, ct, cpu=by_taps, default=by_conv)
 
 
-conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+_conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
 
 
 class Conv(nn.Module):

@@ -103,8 +103,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
         logging.info("The run in %s is complete: %d steps of %d.", workdir, start_step, total_steps)
     progress = Progress(total_steps, steps_per_epoch, start_step) if is_first_host else None
     logging.info(
-        "%d pictures, %d steps an epoch, %d steps in all, on %d device(s) of %d host(s)",
-        len(source), steps_per_epoch, total_steps, len(trainer.devices), host[1],
+        "%d pictures, %d steps an epoch, %d steps in all, on %d device(s) of %d process(es)",
+        len(source), steps_per_epoch, total_steps, jax.device_count(), host[1],
     )  # fmt: skip
 
     state = trainer.replicate(state)

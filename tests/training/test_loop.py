@@ -8,12 +8,10 @@ import dataclasses
 import functools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import ml_collections
@@ -219,34 +217,45 @@ def test_stopping_at_every_checkpoint_changes_nothing(undisturbed, tmp_path):
 
 
 KILLED = """
-import json, sys
+import json, os, signal, sys
 import ml_collections
+from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.models import resnet
-resnet.STAGE_SIZES["resnet18"] = tuple(json.loads(sys.argv[3]))
 from cdetr_jax.training.loop import train_and_evaluate
-train_and_evaluate(ml_collections.ConfigDict(json.loads(sys.argv[1])), sys.argv[2])
+
+config, workdir, stages, last_step, is_written = map(json.loads, sys.argv[1:])
+resnet.STAGE_SIZES["resnet18"] = tuple(stages)
+save = Checkpoints.save
+
+
+def save_and_die(self, step, *rest):
+    save(self, step, *rest)  # goes on in the background
+    if step == last_step:
+        if is_written:
+            self._manager.wait_until_finished()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+Checkpoints.save = save_and_die
+train_and_evaluate(ml_collections.ConfigDict(config), workdir)
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(undisturbed, compiled_once, tmp_path):
+@pytest.mark.parametrize(("last_step", "is_written"), [(1, True), (STEPS - 1, False)])
+def test_a_killed_run_goes_on_to_the_same_bits(last_step, is_written, undisturbed, compiled_once, tmp_path):
     config = make_config()
     environment = os.environ | {name.upper(): str(value) for name, value in compiled_once.items()}
-    arguments = [json.dumps(config.to_dict()), str(tmp_path), json.dumps(ONE_BLOCK_A_STAGE)]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, *arguments], env=environment | {"JAX_PLATFORMS": "cpu"}, stderr=log
-        )
-        try:
-            deadline = time.monotonic() + 300
-            while not (tmp_path / "checkpoints").is_dir() or not saved_steps(tmp_path):
-                assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            time.sleep(random.uniform(0, 0.3))
-        finally:
-            process.kill()
-            assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    assert 1 <= saved_steps(tmp_path)[-1] < STEPS
+    arguments = [config.to_dict(), str(tmp_path), ONE_BLOCK_A_STAGE, last_step, is_written]
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(json.dumps, arguments)],
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr[-2000:]
+    # A checkpoint that was being written is there whole or not at all.
+    assert saved_steps(tmp_path)[-1] in ([last_step] if is_written else [last_step - 1, last_step])
     loop.train_and_evaluate(config, tmp_path)
     check_same(tmp_path, undisturbed[1], STEPS)
     assert rows_without_clock(tmp_path) == rows_without_clock(undisturbed[1])
