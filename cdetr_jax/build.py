@@ -1,13 +1,11 @@
 """The one place that turns a config into objects, and checks its fields against each other."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import ml_collections
 from absl import logging
 
+from cdetr_jax.classes import ClassTable, class_table, label_of
 from cdetr_jax.data.joined import JoinedSource
 from cdetr_jax.data.pipeline import Batches, eval_batches, sizes_hw, train_batches
 from cdetr_jax.data.plan import (
@@ -26,14 +24,13 @@ from cdetr_jax.data.sources import CocoFolder, Source
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.tfds_source import TfdsSource
 from cdetr_jax.data.transforms import count_training_objects
-from cdetr_jax.models.detector import DetectionTransformer
+from cdetr_jax.losses.criterion import LossSettings
+from cdetr_jax.matching.cost import CostSettings
+from cdetr_jax.models.detector import DetectionTransformer, model_of
 from cdetr_jax.models.resnet import NORMS, STAGE_SIZES, frozen_modules
 from cdetr_jax.models.transformer import REFERENCE_POINTS, SPATIAL_QUERIES, TRANSFORMATIONS
-from cdetr_jax.structs import Category
 from cdetr_jax.training.optimizer import make_optimizer, step_schedule
 from cdetr_jax.training.step import StepFunctions
-
-ClassTable = tuple[Category | None, ...]  # what each logit stands for; None: nothing
 
 CHOICES = {
     "model.decoder": ("conditional", "detr"),
@@ -177,82 +174,9 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
-def class_table(categories: Sequence[Category], class_ids: str, num_classes: int) -> ClassTable:
-    """What each class logit stands for.
-
-    Args:
-      categories: of the data set.
-      class_ids: `category_id`: the logit's index is the category's id, as published; `contiguous`: its rank.
-      num_classes: logits; 0: as many as needed.
-    Raises: ValueError, if they do not fit.
-    """
-    if not categories:
-        raise ValueError("the data set has no categories; add them to its annotations")
-    if class_ids == "contiguous":
-        table = dict(enumerate(sorted(categories, key=lambda category: category.id)))
-    else:
-        table = {category.id: category for category in categories}
-        if min(table) < 0:
-            raise ValueError(f'category id {min(table)} cannot be a logit; use --config.data.class_ids="contiguous"')
-    needed = max(table) + 1
-    if num_classes and needed > num_classes:
-        raise ValueError(
-            f"the data set needs {needed} class logits (config.data.class_ids={class_ids!r}), but "
-            f"config.model.num_classes is {num_classes}; set it to {needed}, or to 0 to have it counted"
-            + ("" if class_ids == "contiguous" else ", or use --config.data.class_ids=contiguous")
-        )
-    if needed > 10_000:
-        raise ValueError(f"category ids go up to {needed - 1}; use --config.data.class_ids=contiguous")
-    return tuple(table.get(i) for i in range(num_classes or needed))
-
-
-def label_of(classes: ClassTable) -> dict[int, int]:
-    """The logit index of each category id."""
-    return {category.id: logit for logit, category in enumerate(classes) if category is not None}
-
-
-def classes_in_data(classes: ClassTable, categories: Sequence[Category]) -> ClassTable:
-    """What a detector's logits are called by a data set, which may use other ids: the same name counts.
-
-    Classes without names, and names that several categories share, go by their id.
-    Args:
-      classes: of the detector.
-      categories: of the data set.
-    Returns: one entry per logit, a category of the data set; None where it has no such class.
-    Raises: ValueError, if they have no class in common.
-    """
-    by_id = {category.id: category for category in categories}
-    uses = Counter(category.name for category in categories)
-    by_name = {category.name: category for category in categories if uses[category.name] == 1}
-
-    def find(category: Category | None) -> Category | None:
-        if category is None or category in categories:
-            return category
-        return by_id.get(category.id) if category.is_unnamed else by_name.get(category.name)
-
-    found = tuple(map(find, classes))
-    unknown = [category.name for category in categories if category not in found]
-    if len(unknown) == len(categories):
-        known = [category.name for category in classes if category]
-        raise ValueError(
-            f"the detector knows none of the data set's classes: it knows {', '.join(known[:8])}..., the data set has "
-            f"{', '.join(unknown[:8])}...; evaluate on data with classes that it was trained for, or train it on these"
-        )
-    if unknown:
-        logging.warning("the detector does not know %d classes of the data: %s", len(unknown), ", ".join(unknown))
-    return found
-
-
 def make_model(config: ml_collections.ConfigDict, num_classes: int) -> DetectionTransformer:
     """The detector, with so many class logits (`config.model.num_classes` may leave it to the data)."""
     return model_of(config.model.to_dict() | {"num_classes": num_classes})
-
-
-def model_of(fields: Mapping[str, Any]) -> DetectionTransformer:
-    """The detector of the fields of `config.model`."""
-    fields = dict(fields)
-    dtype = jnp.dtype(fields.pop("compute_dtype"))
-    return DetectionTransformer(**fields, dtype=dtype)
 
 
 class Schedules(NamedTuple):
@@ -276,7 +200,7 @@ def make_schedules(config: ml_collections.ConfigDict, steps_per_epoch: int) -> S
 def make_step_functions(config: ml_collections.ConfigDict, num_classes: int, schedules: Schedules) -> StepFunctions:
     """Model, optimiser and losses of a config, as the pure functions of a step."""
     model, loss = config.model, config.loss
-    focal = {"focal_alpha": loss.focal_alpha, "focal_gamma": loss.focal_gamma, "class_loss": model.class_loss}
+    focal = {"focal_alpha": loss.focal_alpha, "focal_gamma": loss.focal_gamma}
     return StepFunctions(
         model=make_model(config, num_classes),
         optimizer=make_optimizer(
@@ -286,14 +210,8 @@ def make_step_functions(config: ml_collections.ConfigDict, num_classes: int, sch
             clip_norm=config.optimizer.clip_norm,
             frozen_modules=frozen_modules(model.backbone, model.frozen_stages),
         ),
-        cost_settings=config.matcher.to_dict() | focal,
-        loss_settings={
-            "class_weight": loss.class_weight,
-            "l1_weight": loss.l1_weight,
-            "giou_weight": loss.giou_weight,
-            "no_object_weight": loss.no_object_weight,
-        }
-        | focal,
+        cost_settings=CostSettings(class_loss=model.class_loss, **config.matcher, **focal),
+        loss_settings=LossSettings(class_loss=model.class_loss, **config.loss),
         ema_decay=config.optimizer.ema_decay,
         top_k=config.eval.top_k,
     )

@@ -51,12 +51,12 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Int, UInt8
 
-from cdetr_jax.build import ClassTable
+from cdetr_jax.classes import ClassTable
 from cdetr_jax.evaluation.postprocess import detect
 from cdetr_jax.files import whole_file
 from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.onnx_convert import to_onnx
-from cdetr_jax.weights import Weights
+from cdetr_jax.weights.load import Weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 MODULE, WEIGHTS, CLASSES, SIGNATURE = "detect.stablehlo", "weights.npz", "classes.json", "signature.json"

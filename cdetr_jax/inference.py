@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cdetr_jax.checkpoints.torch_files import HUB_PREFIX
 from cdetr_jax.data.plan import smallest_shape
 from cdetr_jax.data.sources import decode_rgb, open_picture
 from cdetr_jax.data.transforms import resize_for_evaluation
 from cdetr_jax.evaluation.postprocess import detect
 from cdetr_jax.structs import Detections
 from cdetr_jax.visualization.draw import draw_boxes
-from cdetr_jax.weights import Weights, load_weights
+from cdetr_jax.weights.load import Weights, load_weights
+from cdetr_jax.weights.torch_files import HUB_PREFIX
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 

@@ -58,7 +58,7 @@ class Batch:
     images: UInt8[Array, "B H W 3"]
     sizes_hw: Int[Array, "B 2"]
     original_sizes_hw: Int[Array, "B 2"]
-    index: Int[Array, "B"]
+    index: Int[Array, " B"]
     targets: Targets
 
 
@@ -112,11 +112,11 @@ class Losses:
     """
 
     total: Float[Array, ""]
-    class_loss: Float[Array, "L"]
-    l1_loss: Float[Array, "L"]
-    giou_loss: Float[Array, "L"]
+    class_loss: Float[Array, " L"]
+    l1_loss: Float[Array, " L"]
+    giou_loss: Float[Array, " L"]
     class_error: Float[Array, ""]
-    cardinality_error: Float[Array, "L"]
+    cardinality_error: Float[Array, " L"]
 
 
 @struct.dataclass

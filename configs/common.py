@@ -7,6 +7,8 @@ line: `--config.optimizer.lr=2e-4`. The config is locked: a field that is not li
 import ml_collections
 from ml_collections import config_dict
 
+from cdetr_jax.models.detector import published_fields
+
 # Epochs of a run: the epoch from which both learning rates are times 0.1. 50, 75 and 108 as published; 12 as in the
 # papers that report a short schedule.
 DROP_EPOCHS = {"12": 11, "36": 30, "50": 40, "75": 60, "108": 80}
@@ -25,32 +27,8 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     # A detector's class head for other classes is made new. Without a network: name a local copy of the file.
     config.init = "hf://timm/resnet50.tv_in1k"
 
-    config.model = model = ml_collections.ConfigDict()
-    model.decoder = "conditional"  # conditional (arXiv:2108.06152) | detr (arXiv:2005.12872)
-    model.backbone = "resnet50"  # resnet18 | resnet34 | resnet50 | resnet101
-    model.backbone_width = 64  # channels of the stem; 64 is torchvision's
-    model.backbone_norm = "frozen_batch"  # frozen_batch (published) | group (to train without ImageNet weights)
-    model.frozen_stages = 2  # 2: stem and layer1 are not trained (published); 0: everything is
-    model.dc5 = False  # stage 5 dilated instead of strided: twice the resolution
-    model.width = 256  # D
-    model.num_heads = 8  # N
-    model.ffn_width = 2048
-    model.encoder_layers = 6
-    model.decoder_layers = 6  # L
-    model.num_queries = 300  # Q
-    model.dropout = 0.1
-    model.num_classes = 91  # class logits; 0: as many as the data needs
-    model.class_loss = "focal"  # focal | softmax (adds a "no object" logit)
-    model.box_offset = True  # boxes are offsets to the reference point, equation (1)
-    model.reference_point = "predicted"  # zero | learned | predicted, section 3.5
-    model.spatial_query = "full"  # full | c | t | p | i: CSQ and CSQ-C/T/P/I of table 3
-    model.transformation = "diagonal"  # identity | scalar | block | full | diagonal, figure 5
-    model.temperature = 10000.0  # of the sine embeddings; 20 (arXiv:2201.12329) suits small feature grids
-    model.norm_between_layers = False  # True: as transformers' port with auxiliary_loss, for weights trained there
-    model.local_gain = 0.0  # 0: published initialisation; 6: attention starts near the reference points
-    # Of float32 products on accelerators: default (TF32 on a GPU, bfloat16 on a TPU: the fastest) | high | highest.
-    model.matmul_precision = "default"
-    model.compute_dtype = "float32"  # float32 | bfloat16; parameters, losses, boxes and matching stay float32
+    # decoder, backbone, dc5, num_queries, ...: every field with its choices is in cdetr_jax/models/detector.py.
+    config.model = ml_collections.ConfigDict(published_fields())
 
     config.matcher = matcher = ml_collections.ConfigDict()
     matcher.class_cost = 2.0

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cdetr_jax import build
+from cdetr_jax.classes import class_table
 from cdetr_jax.data.synthetic import SyntheticShapes
-from cdetr_jax.structs import Category
 from configs import common, demo
 
 RECIPES = sorted(
@@ -89,56 +89,6 @@ def test_a_batch_that_does_not_divide(batch, parts, devices, message):
 def test_an_evaluation_batch_that_does_not_divide():
     with pytest.raises(ValueError, match=r"config\.eval\.batch_size 7 is not divisible by 4 devices; use 8"):
         build.check_config(changed(eval__batch_size=7), 4)
-
-
-# -------------------------------------------------------------------------------------------------- class_table
-
-KITE, OAK, NEWT = Category(5, "kite"), Category(2, "oak"), Category(90_000, "newt")
-
-
-def test_contiguous_classes_are_ranks_of_the_ids():
-    classes = build.class_table([NEWT, KITE, OAK], "contiguous", 0)
-    assert classes == (OAK, KITE, NEWT)
-    assert build.label_of(classes) == {2: 0, 5: 1, 90_000: 2}
-    assert build.class_table([Category(-3, "below"), KITE], "contiguous", 0) == (Category(-3, "below"), KITE)
-
-
-def test_published_classes_are_the_ids():
-    classes = build.class_table([KITE, OAK], "category_id", 0)
-    assert classes == (None, None, OAK, None, None, KITE)
-    assert build.label_of(classes) == {2: 2, 5: 5}
-
-
-@pytest.mark.parametrize(("class_ids", "expected"), [("contiguous", (OAK, KITE)), ("category_id", (None, None, OAK))])
-def test_logits_to_spare_stand_for_nothing(class_ids, expected):
-    classes = build.class_table([KITE, OAK], class_ids, 7)
-    assert len(classes) == 7
-    assert classes[: len(expected)] == expected
-    assert classes[6] is None
-
-
-@pytest.mark.parametrize(
-    ("categories", "class_ids", "num_classes", "message"),
-    [
-        ([KITE, OAK], "category_id", 5, r"needs 6 class logits .*num_classes is 5; set it to 6, .*=contiguous$"),
-        (
-            [KITE, OAK, NEWT],
-            "contiguous",
-            2,
-            r"needs 3 class logits .*num_classes is 2; set it to 3, .*have it counted$",
-        ),
-        ([NEWT], "category_id", 0, "category ids go up to 90000; use --config.data.class_ids=contiguous"),
-        ([Category(-3, "below"), KITE], "category_id", 0, "category id -3 cannot be a logit; use .*contiguous"),
-    ],
-)
-def test_classes_that_do_not_fit(categories, class_ids, num_classes, message):
-    with pytest.raises(ValueError, match=message):
-        build.class_table(categories, class_ids, num_classes)
-
-
-def test_a_data_set_without_classes():
-    with pytest.raises(ValueError, match="the data set has no categories; add them"):
-        build.class_table([], "contiguous", 0)
 
 
 # -------------------------------------------------------------------------------------------------- make_source
@@ -315,7 +265,7 @@ def test_the_plan_to_look_at_is_the_one_that_is_followed(caplog):
     config.data.synthetic.train_pictures = 40
     config.train.update({"batch_size": 8, "accumulation_steps": 2})
     source = build.make_source(config, "train")
-    classes = build.class_table(source.categories, "contiguous", 0)
+    classes = class_table(source.categories, "contiguous", 0)
     plan = build.make_plan(config, source, build.train_shapes(config, source), 1)
     with contextlib.closing(build.make_train_batches(config, source, classes, (1, 0))) as batches:
         assert len(plan) == batches.batches_per_epoch == 10

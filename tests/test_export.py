@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cdetr_jax import build, export
+from cdetr_jax import export
 from cdetr_jax.cli import export as command
+from cdetr_jax.models.detector import model_of
 from cdetr_jax.onnx_convert import to_onnx
 from cdetr_jax.structs import Category
-from cdetr_jax.weights import Preprocessing, Weights
+from cdetr_jax.weights.load import Preprocessing, Weights
 
 SHAPE_HW = (64, 96)
 QUERIES, TOP_K = 7, 11
@@ -50,7 +51,7 @@ TOLERANCE = 1e-4  # of scores and fractions of a picture; float32 in another ord
 def random_weights(**fields):
     """Random numbers under which queries and pictures differ."""
     fields = FIELDS | fields
-    model = build.model_of(fields)
+    model = model_of(fields)
     images, sizes_hw = jnp.zeros((1, *SHAPE_HW, 3), jnp.uint8), jnp.full((1, 2), 64)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, sizes_hw))
     rng = np.random.default_rng(0)

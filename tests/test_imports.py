@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(cdetr_jax.__file__).parent
 ORDER = """
 records
 structs
+classes
 boxes files
 models/attention
 models/position models/resnet
@@ -39,13 +40,15 @@ evaluation/coco_eval
 visualization/draw visualization/curve
 training/optimizer training/step training/tensorboard
 training/parallel training/metrics training/feed
-checkpoints/misfit
-checkpoints/io checkpoints/workdir checkpoints/torch_convert checkpoints/torch_files
-checkpoints/architecture
-build
+checkpoints/mismatch
+checkpoints/io checkpoints/workdir
+weights/torch_convert weights/torch_files
+weights/architecture
+weights/load
+weights/start weights/save
 onnx_convert
-weights
 export
+build
 training/loop
 inference
 cli/settings

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from cdetr_jax.checkpoints.torch_convert import OFFICIAL, from_torch, torch_name
 from cdetr_jax.evaluation.postprocess import postprocess
-from cdetr_jax.losses.criterion import criterion
+from cdetr_jax.losses.criterion import LossSettings, criterion
 from cdetr_jax.matching.assign import assign
-from cdetr_jax.matching.cost import matching_cost
+from cdetr_jax.matching.cost import CostSettings, matching_cost
 from cdetr_jax.models.detector import DetectionTransformer, padding_mask
 from cdetr_jax.models.resnet import frozen_modules
 from cdetr_jax.structs import Batch, Counts, Match, Targets
 from cdetr_jax.training import parallel
 from cdetr_jax.training.optimizer import make_optimizer
 from cdetr_jax.training.step import StepFunctions, TrainState, new_rng
+from cdetr_jax.weights.torch_convert import OFFICIAL, from_torch, torch_name
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 sys.path.insert(0, str(REFERENCE))
@@ -125,26 +125,26 @@ def stages(case):
 
 
 def cost_settings(case):
-    return {
-        "class_loss": case.model.class_loss,
-        "class_cost": 1.0 if case.is_detr else 2.0,
-        "l1_cost": 5.0,
-        "giou_cost": 2.0,
-        "focal_alpha": 0.25,
-        "focal_gamma": 2.0,
-    }
+    return CostSettings(
+        class_loss=case.model.class_loss,
+        class_cost=1.0 if case.is_detr else 2.0,
+        l1_cost=5.0,
+        giou_cost=2.0,
+        focal_alpha=0.25,
+        focal_gamma=2.0,
+    )
 
 
 def loss_settings(case):
-    return {
-        "class_loss": case.model.class_loss,
-        "class_weight": 1.0 if case.is_detr else 2.0,
-        "l1_weight": 5.0,
-        "giou_weight": 2.0,
-        "focal_alpha": 0.25,
-        "focal_gamma": 2.0,
-        "no_object_weight": 0.1,
-    }
+    return LossSettings(
+        class_loss=case.model.class_loss,
+        class_weight=1.0 if case.is_detr else 2.0,
+        l1_weight=5.0,
+        giou_weight=2.0,
+        focal_alpha=0.25,
+        focal_gamma=2.0,
+        no_object_weight=0.1,
+    )
 
 
 def assert_close(actual, expected, bound):
@@ -182,7 +182,7 @@ def test_the_forward_pass_in_float32(case):
 
 
 def matched_queries(case, stages):
-    cost = jax.jit(lambda p, t: matching_cost(p, t, **cost_settings(case)))(stages.predictions, case.batch.targets)
+    cost = jax.jit(lambda p, t: matching_cost(p, t, cost_settings(case)))(stages.predictions, case.batch.targets)
     return assign(np.asarray(cost), case.batch.targets.valid)
 
 
@@ -202,7 +202,7 @@ def test_every_loss_term_of_every_layer(case, stages):
         matched=jnp.array(num_targets),
         queries=jnp.array(float(np.prod(stages.predictions.logits.shape[1:3]))),
     )
-    losses = jax.jit(lambda p, t, m, c: criterion(p, t, m, c, **loss_settings(case)))(
+    losses = jax.jit(lambda p, t, m, c: criterion(p, t, m, c, loss_settings(case)))(
         stages.predictions, case.batch.targets, match, counts
     )
     terms = {

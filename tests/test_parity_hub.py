@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from cdetr_jax.data.coco_categories import COCO_CATEGORIES
 from cdetr_jax.models.detector import padding_mask
-from cdetr_jax.weights import load_weights
+from cdetr_jax.weights.load import load_weights
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 sys.path.insert(0, str(REFERENCE))

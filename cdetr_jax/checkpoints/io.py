@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from cdetr_jax.checkpoints import misfit
+from cdetr_jax.checkpoints import mismatch
 from cdetr_jax.files import as_path, is_remote
 
 
@@ -83,7 +83,7 @@ class Checkpoints:
         """
         saved = {_name(path): leaf.shape for path, leaf in _leaves(self._manager.item_metadata(step)["state"])}
         expected = {_name(path): leaf.shape for path, leaf in _leaves(template)}
-        problems = misfit.compare(saved, expected)
+        problems = mismatch.compare(saved, expected)
         if problems:
             raise ValueError(
                 f"checkpoint {step} in {self.directory} does not fit the config's model and optimizer: {problems}; "

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 
 from cdetr_jax import build
+from cdetr_jax.classes import class_table
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.data.pipeline import Batches
 from cdetr_jax.data.plan import EpochPlan, real_pixels, real_pixels_otherwise
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         raise ValueError(f"--batches is {arguments.batches}, expected at least 1")
     build.check_config(config, jax.local_device_count())
     source = build.make_source(config, "train")
-    classes = build.class_table(source.categories, config.data.class_ids, config.model.num_classes)
+    classes = class_table(source.categories, config.data.class_ids, config.model.num_classes)
     shapes = build.train_shapes(config, source)
     plan_of = functools.cache(functools.partial(build.make_plan, config, source, shapes))
     start = time.perf_counter()

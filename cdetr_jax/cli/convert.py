@@ -13,20 +13,21 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.without_timm and arguments.to != "hub":
         raise ValueError(f"--without-timm is of --to=hub, not of --to={arguments.to}")
     set_up_logging()
-    from cdetr_jax import weights as formats
+    from cdetr_jax.weights.load import load_weights
+    from cdetr_jax.weights.save import save_hub, save_pth, save_run
 
-    weights = formats.load_weights(arguments.source, arguments.checkpoint, arguments.dc5)
+    weights = load_weights(arguments.source, arguments.checkpoint, arguments.dc5)
     destination = arguments.destination
     kind = "ConditionalDetr" if weights.model["decoder"] == "conditional" else "Detr"
     if arguments.to == "hub":
-        formats.save_hub(weights, destination, arguments.without_timm)
+        save_hub(weights, destination, arguments.without_timm)
         needs = "" if arguments.without_timm else ", with timm installed"
         use = f'transformers.{kind}ForObjectDetection.from_pretrained("{destination}"){needs}'
     elif arguments.to == "pth":
-        formats.save_pth(weights, destination)
+        save_pth(weights, destination)
         use = f'torch.load("{destination}")["model"], or cdetr predict --weights={destination}'
     else:
-        formats.save_run(weights, destination)
+        save_run(weights, destination)
         use = f"cdetr predict --weights={destination}, or cdetr train --config.init={destination}"
     known = sum(category is not None for category in weights.classes)
     print(f"{destination}: {kind}, {weights.model['backbone']}, {known} classes\nload it with {use}")

@@ -13,7 +13,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     config = read_config(arguments.config, fields) if arguments.config else None
     set_up_logging()
     from cdetr_jax.training.loop import evaluate
-    from cdetr_jax.weights import load_weights
+    from cdetr_jax.weights.load import load_weights
 
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
     if config is None:

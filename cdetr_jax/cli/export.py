@@ -14,7 +14,7 @@ from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.export import Detect, export_onnx, export_stablehlo, load_onnx, load_stablehlo, make_detect
 from cdetr_jax.files import is_remote
-from cdetr_jax.weights import Weights, load_weights
+from cdetr_jax.weights.load import Weights, load_weights
 
 FORMATS = {"stablehlo": (export_stablehlo, load_stablehlo), "onnx": (export_onnx, load_onnx)}
 RUNS_ON = {"stablehlo": "StableHLO for CPU, CUDA and TPU", "onnx": "ONNX in float32"}

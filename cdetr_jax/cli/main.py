@@ -15,7 +15,8 @@ SOURCE is one of
 CONFIG_HELP = """\
 every field of the config can be set on the command line, for example
   --config.optimizer.lr=2e-4   --config.train.batch_size=8   --config.seed=1
-configs/common.py lists the fields, what they mean and their published values."""
+configs/common.py lists the fields, what they mean and their published values; those of the model are in
+cdetr_jax/models/detector.py."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     set_up_logging()
     from cdetr_jax.inference import Detector
     from cdetr_jax.visualization.draw import contact_sheet
-    from cdetr_jax.weights import load_weights
+    from cdetr_jax.weights.load import load_weights
 
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
     inputs += _from_evaluation(weights, arguments.from_eval)

@@ -1,5 +1,7 @@
 """The training loss of matched predictions, summed over the decoder layers."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
@@ -7,19 +9,32 @@ from cdetr_jax.losses import box, focal
 from cdetr_jax.structs import Counts, Losses, Match, Predictions, Targets
 
 
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """What the criterion weighs, and how.
+
+    Attributes:
+      class_loss: `focal` or `softmax`.
+      class_weight, l1_weight, giou_weight: factors of the three terms.
+      focal_alpha, focal_gamma: see `sigmoid_focal_loss`.
+      no_object_weight: what a query without a target weighs in the softmax loss.
+    """
+
+    class_loss: str
+    class_weight: float
+    l1_weight: float
+    giou_weight: float
+    focal_alpha: float
+    focal_gamma: float
+    no_object_weight: float
+
+
 def criterion(
     predictions: Predictions,
     targets: Targets,
     match: Match,
     counts: Counts,
-    *,
-    class_loss: str,
-    class_weight: float,
-    l1_weight: float,
-    giou_weight: float,
-    focal_alpha: float,
-    focal_gamma: float,
-    no_object_weight: float,
+    settings: LossSettings,
 ) -> Losses:
     """Weighs classification, L1 and GIoU losses and sums them over the decoder layers with equal weight.
 
@@ -29,10 +44,6 @@ def criterion(
     Args:
       predictions, targets, match: of one micro-batch on one device.
       counts: the mean over devices of what the whole optimiser step sees.
-      class_loss: `focal` or `softmax`.
-      class_weight, l1_weight, giou_weight: factors of the three terms.
-      focal_alpha, focal_gamma: see `sigmoid_focal_loss`.
-      no_object_weight: what a query without a target weighs in the softmax loss.
     """
     logits = predictions.logits
     layers, batch, _, num_logits = logits.shape
@@ -43,17 +54,17 @@ def criterion(
     labels = jnp.broadcast_to(targets.labels, queries.shape)
 
     num_targets = jnp.maximum(counts.targets, 1.0)
-    if class_loss == "focal":
+    if settings.class_loss == "focal":
         is_class = jnp.zeros_like(logits).at[layer_axis, batch_axis, queries, labels].set(1.0, mode="drop")
-        per_logit = focal.sigmoid_focal_loss(logits, is_class, alpha=focal_alpha, gamma=focal_gamma)
+        per_logit = focal.sigmoid_focal_loss(logits, is_class, alpha=settings.focal_alpha, gamma=settings.focal_gamma)
         class_term = per_logit.sum(axis=(1, 2, 3)) / num_targets
     else:
         no_object = num_logits - 1
         wanted = jnp.full(logits.shape[:3], no_object).at[layer_axis, batch_axis, queries].set(labels, mode="drop")
-        weights = jnp.where(wanted == no_object, no_object_weight, 1.0)
+        weights = jnp.where(wanted == no_object, settings.no_object_weight, 1.0)
         per_query = weights * focal.softmax_cross_entropy(logits, wanted)
         class_term = per_query.sum(axis=(1, 2)) / (
-            counts.matched + no_object_weight * (counts.queries - counts.matched)
+            counts.matched + settings.no_object_weight * (counts.queries - counts.matched)
         )
 
     matched_boxes = _at_queries(predictions.boxes_cxcywh, match.queries)
@@ -62,12 +73,13 @@ def criterion(
     giou = jnp.where(is_matched, box.giou_loss(matched_boxes, wanted_boxes), 0.0)
     l1_term, giou_term = (term.sum(axis=(1, 2)) / num_targets for term in (l1, giou))
 
+    total = settings.class_weight * class_term + settings.l1_weight * l1_term + settings.giou_weight * giou_term
     best = logits.argmax(-1)
     is_wrong = _at_queries(best[-1:, ..., None], match.queries[-1:])[..., 0] != targets.labels[None]
     is_wrong = jnp.where(is_matched[-1:], is_wrong, False)
     num_predicted = (best != num_logits - 1).sum(-1)
     return Losses(
-        total=(class_weight * class_term + l1_weight * l1_term + giou_weight * giou_term).sum(),
+        total=total.sum(),
         class_loss=class_term,
         l1_loss=l1_term,
         giou_loss=giou_term,

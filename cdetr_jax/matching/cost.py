@@ -1,5 +1,7 @@
 """The cost of matching a query with a target, for all decoder layers at once."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -27,16 +29,28 @@ def _at_labels(values: Float[Array, "L B Q C"], labels: Int[Array, "B T"]) -> Fl
     return jnp.take_along_axis(values, labels[None, :, None, :], axis=-1)
 
 
+@dataclasses.dataclass(frozen=True)
+class CostSettings:
+    """What the matching cost weighs, and how.
+
+    Attributes:
+      class_loss: `focal` or `softmax`, the loss that the logits are trained with.
+      class_cost, l1_cost, giou_cost: factors of the three terms.
+      focal_alpha, focal_gamma: of the focal class cost.
+    """
+
+    class_loss: str
+    class_cost: float
+    l1_cost: float
+    giou_cost: float
+    focal_alpha: float
+    focal_gamma: float
+
+
 def matching_cost(
     predictions: Predictions,
     targets: Targets,
-    *,
-    class_loss: str,
-    class_cost: float,
-    l1_cost: float,
-    giou_cost: float,
-    focal_alpha: float,
-    focal_gamma: float,
+    settings: CostSettings,
 ) -> Float[Array, "L B Q T"]:
     """Cost of matching every query with every target, one to one.
 
@@ -45,17 +59,14 @@ def matching_cost(
     Args:
       predictions: of every layer.
       targets: padded; the columns of padded targets hold a finite cost that nobody reads.
-      class_loss: `focal` or `softmax`, the loss that the logits are trained with.
-      class_cost, l1_cost, giou_cost: factors of the three terms.
-      focal_alpha, focal_gamma: of the focal class cost.
     Returns: cost, in the dtype of the predictions.
     """
-    if class_loss == "focal":
-        class_term = focal_class_cost(predictions.logits, targets.labels, focal_alpha, focal_gamma)
+    if settings.class_loss == "focal":
+        class_term = focal_class_cost(predictions.logits, targets.labels, settings.focal_alpha, settings.focal_gamma)
     else:
         class_term = softmax_class_cost(predictions.logits, targets.labels)
     predicted = predictions.boxes_cxcywh[:, :, :, None, :]
     wanted = targets.boxes_cxcywh[None, :, None, :, :].astype(predicted.dtype)
     l1 = jnp.abs(predicted - wanted).sum(-1)
     giou = boxes.giou(boxes.cxcywh_to_xyxy(predicted), boxes.cxcywh_to_xyxy(wanted))
-    return class_cost * class_term + l1_cost * l1 - giou_cost * giou
+    return settings.class_cost * class_term + settings.l1_cost * l1 - settings.giou_cost * giou

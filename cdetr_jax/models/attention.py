@@ -21,7 +21,7 @@ torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 packed_xavier_uniform = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 
 
-def along_last(vector: Float[AnyArray, "D"], like: AnyArray) -> Float[AnyArray, "..."]:
+def along_last(vector: Float[AnyArray, " D"], like: AnyArray) -> Float[AnyArray, "..."]:
     """The vector along the last axis of arrays with as many axes as `like`: nothing broadcasts by accident."""
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 

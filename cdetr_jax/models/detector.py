@@ -1,7 +1,9 @@
 """The whole detector: backbone, projection, transformer, class and box heads."""
 
+import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -58,7 +60,7 @@ def resize_mask(mask: Bool[Array, "B H W"], shape_hw: tuple[int, int]) -> Bool[A
 
 
 class DetectionTransformer(nn.Module):
-    """Conditional DETR, or DETR with `decoder="detr"`.
+    """Conditional DETR, or DETR with `decoder="detr"`. The defaults are the published model; recipes take them over.
 
     Attributes:
       num_classes: class logits C. With `class_loss="softmax"` one more is added, for "no object".
@@ -70,30 +72,31 @@ class DetectionTransformer(nn.Module):
       The rest: see `ResNet` and `Transformer`.
     """
 
-    decoder: str = "conditional"
-    backbone: str = "resnet50"
-    backbone_width: int = 64
-    backbone_norm: str = "frozen_batch"
-    frozen_stages: int = 2
-    dc5: bool = False
-    width: int = 256
-    num_heads: int = 8
+    decoder: str = "conditional"  # conditional (arXiv:2108.06152) | detr (arXiv:2005.12872)
+    backbone: str = "resnet50"  # resnet18 | resnet34 | resnet50 | resnet101
+    backbone_width: int = 64  # channels of the stem; 64 is torchvision's
+    backbone_norm: str = "frozen_batch"  # frozen_batch (published) | group (to train without ImageNet weights)
+    frozen_stages: int = 2  # 2: stem and layer1 are not trained (published); 0: everything is
+    dc5: bool = False  # stage 5 dilated instead of strided: twice the resolution
+    width: int = 256  # D
+    num_heads: int = 8  # N
     ffn_width: int = 2048
     encoder_layers: int = 6
-    decoder_layers: int = 6
-    num_queries: int = 300
+    decoder_layers: int = 6  # L
+    num_queries: int = 300  # Q
     dropout: float = 0.1
-    num_classes: int = 91
-    class_loss: str = "focal"
-    box_offset: bool = True
-    reference_point: str = "predicted"
-    spatial_query: str = "full"
-    transformation: str = "diagonal"
-    temperature: float = 10000.0
-    local_gain: float = 0.0
-    norm_between_layers: bool = False
-    dtype: DTypeLike = jnp.float32
+    num_classes: int = 91  # class logits C; in a config 0: as many as the data needs
+    class_loss: str = "focal"  # focal | softmax (adds a "no object" logit)
+    box_offset: bool = True  # boxes are offsets to the reference point, equation (1)
+    reference_point: str = "predicted"  # zero | learned | predicted, section 3.5
+    spatial_query: str = "full"  # full | c | t | p | i: CSQ and CSQ-C/T/P/I of table 3
+    transformation: str = "diagonal"  # identity | scalar | block | full | diagonal, figure 5
+    temperature: float = 10000.0  # of the sine embeddings; 20 (arXiv:2201.12329) suits small feature grids
+    norm_between_layers: bool = False  # True: as transformers' port with auxiliary_loss, for weights trained there
+    local_gain: float = 0.0  # 0: published initialisation; 6: attention starts near the reference points
+    # Of float32 products on accelerators: default (TF32 on a GPU, bfloat16 on a TPU: the fastest) | high | highest.
     matmul_precision: str = "default"
+    dtype: DTypeLike = jnp.float32  # in a config `compute_dtype`: float32 | bfloat16
 
     def stages(self, images: Float[Array, "B H W 3"], is_pad: Bool[Array, "B H W"], train: bool = False) -> Stages:
         """Runs the detector on normalised pictures and returns what every stage gives.
@@ -169,3 +172,17 @@ class DetectionTransformer(nn.Module):
         """Runs the detector on pictures as a `Batch` holds them: uint8, the real part in the upper left corner."""
         is_pad = padding_mask(sizes_hw, images.shape[1:3])
         return self.stages(normalize(images, is_pad), is_pad, train).predictions
+
+
+def published_fields() -> dict[str, Any]:
+    """The fields of `config.model` with the published model's values, `DetectionTransformer`'s defaults."""
+    fields = {field.name: field.default for field in dataclasses.fields(DetectionTransformer)}
+    dtype = fields.pop("dtype")
+    del fields["parent"], fields["name"]
+    return fields | {"compute_dtype": jnp.dtype(dtype).name}
+
+
+def model_of(fields: Mapping[str, Any]) -> DetectionTransformer:
+    """The detector of the fields of `config.model`."""
+    fields = dict(fields)
+    return DetectionTransformer(dtype=jnp.dtype(fields.pop("compute_dtype")), **fields)

@@ -238,21 +238,21 @@ class Transformer(nn.Module):
       width, num_heads, ffn_width, dropout, dtype: of every layer.
     """
 
-    decoder: str = "conditional"
-    box_offset: bool = True
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    width: int = 256
-    num_heads: int = 8
-    ffn_width: int = 2048
-    dropout: float = 0.1
-    reference_point: str = "predicted"
-    spatial_query: str = "full"
-    transformation: str = "diagonal"
-    temperature: float = 10000.0
-    local_gain: float = 0.0
-    norm_between_layers: bool = False
-    dtype: DTypeLike = jnp.float32
+    decoder: str
+    box_offset: bool
+    encoder_layers: int
+    decoder_layers: int
+    width: int
+    num_heads: int
+    ffn_width: int
+    dropout: float
+    reference_point: str
+    spatial_query: str
+    transformation: str
+    temperature: float
+    local_gain: float
+    norm_between_layers: bool
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.checkpoints.io import Checkpoints
+from cdetr_jax.classes import ClassTable, class_table, classes_in_data
 from cdetr_jax.data.pipeline import sizes_hw
 from cdetr_jax.data.sources import Source
 from cdetr_jax.evaluation.coco_eval import CocoMetrics, coco_average_precision
@@ -24,8 +25,9 @@ from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
 from cdetr_jax.training.parallel import Trainer, unreplicate
 from cdetr_jax.training.step import StepMetrics, TrainState, new_rng
-from cdetr_jax.weights import FREE_FIELDS as FREE_MODEL_FIELDS
-from cdetr_jax.weights import Backbone, Weights, check_form, load_initial, start_from
+from cdetr_jax.weights.load import FREE_FIELDS as FREE_MODEL_FIELDS
+from cdetr_jax.weights.load import Backbone, Weights, load_initial
+from cdetr_jax.weights.start import check_form, start_from
 
 # Fields that may change between the start of a run and its resumption: they do not touch the weights.
 FREE_GROUPS = ("eval",)
@@ -71,7 +73,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     source = build.make_source(config, "train")
     evaluates = config.eval.every_epochs > 0
     eval_source = build.make_source(config, "eval") if evaluates else None
-    classes = build.class_table(source.categories, config.data.class_ids, config.model.num_classes)
+    classes = class_table(source.categories, config.data.class_ids, config.model.num_classes)
     _check_same_run(config, workdir)
 
     steps_per_epoch = build.count_steps(config, source)
@@ -181,7 +183,7 @@ def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics
 
     Args:
       config: its data and eval fields count, and those of the model that the weights leave open.
-      weights: of `load_weights`. Their classes are found in the data by name, see `build.classes_in_data`.
+      weights: of `load_weights`. Their classes are found in the data by name, see `classes_in_data`.
     Raises: ValueError, FileNotFoundError, if the weights or the data do not fit the config.
     """
     config = _with_model_of(weights, config)
@@ -219,7 +221,7 @@ def _initial_state(
     functions: Any,
     checkpoints: Checkpoints,
     planned_from: dict[str, Any],
-    classes: build.ClassTable,
+    classes: ClassTable,
 ) -> tuple[TrainState, int]:
     """The newest checkpoint's state and step, or a new state and 0."""
     step = checkpoints.latest_step()
@@ -249,7 +251,7 @@ def _fingerprint(source: Source) -> str:
     return f"{zlib.crc32(sizes_hw(source).tobytes()):08x}"
 
 
-def _start_from(initial: Weights | Backbone, state: TrainState, classes: build.ClassTable, workdir: Path) -> TrainState:
+def _start_from(initial: Weights | Backbone, state: TrainState, classes: ClassTable, workdir: Path) -> TrainState:
     """A new run's state with loaded weights; `workdir/init.json` tells of every array where it is from."""
     report_path = workdir / "init.json" if jax.process_index() == 0 else None
     variables = start_from(initial, {"params": state.params, "constants": state.constants}, classes, report_path)
@@ -332,11 +334,11 @@ def _evaluate(
     trainer: Trainer,
     variables: Any,
     source: Source,
-    classes: build.ClassTable,
+    classes: ClassTable,
     host: tuple[int, int],
 ) -> CocoMetrics:
     """Runs every picture of the source and scores the detections. `variables` are replicated."""
-    classes = build.classes_in_data(classes, source.categories)
+    classes = classes_in_data(classes, source.categories)
     batches = build.make_eval_batches(config, source, host)
     feed = Feed(batches, trainer.put)
     results = []
@@ -360,7 +362,7 @@ def _evaluate(
     return coco_average_precision(source.records, source.categories, results)
 
 
-def coco_results(image_id: int, detections: Any, classes: build.ClassTable) -> list[dict[str, Any]]:
+def coco_results(image_id: int, detections: Any, classes: ClassTable) -> list[dict[str, Any]]:
     """One picture's detections in COCO's results format; logits that stand for nothing are left out."""
     results = []
     for score, label, (left, top, right, bottom) in zip(

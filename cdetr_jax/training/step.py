@@ -22,8 +22,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from cdetr_jax.evaluation.postprocess import detect
-from cdetr_jax.losses.criterion import criterion
-from cdetr_jax.matching.cost import matching_cost
+from cdetr_jax.losses.criterion import LossSettings, criterion
+from cdetr_jax.matching.cost import CostSettings, matching_cost
 from cdetr_jax.structs import Batch, Counts, Detections, Losses, Match, Predictions, Targets
 
 AXIS = "devices"
@@ -89,15 +89,14 @@ class StepFunctions:
     Attributes:
       model: the detector, a module that makes `Predictions` of pictures and their sizes.
       optimizer: see `make_optimizer`.
-      cost_settings, loss_settings: keyword arguments of `matching_cost` and `criterion`.
       ema_decay: 0 = no moving average.
       top_k: detections per picture.
     """
 
     model: nn.Module = struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = struct.field(pytree_node=False)
-    cost_settings: dict[str, Any] = struct.field(pytree_node=False)
-    loss_settings: dict[str, Any] = struct.field(pytree_node=False)
+    cost_settings: CostSettings = struct.field(pytree_node=False)
+    loss_settings: LossSettings = struct.field(pytree_node=False)
     ema_decay: float = struct.field(pytree_node=False)
     top_k: int = struct.field(pytree_node=False)
 
@@ -136,7 +135,7 @@ class StepFunctions:
 
     def cost(self, predictions: Predictions, targets: Targets) -> Float[Array, "L B Q T"]:
         """The matching cost."""
-        return matching_cost(predictions, targets, **self.cost_settings)
+        return matching_cost(predictions, targets, self.cost_settings)
 
     def loss(
         self, predictions: Predictions, targets: Targets, match: Match, counts: Counts
@@ -149,7 +148,7 @@ class StepFunctions:
         counts = jax.lax.pmean(counts, AXIS)
 
         def total(predictions: Predictions) -> tuple[Float[Array, ""], Losses]:
-            losses = criterion(predictions, targets, match, counts, **self.loss_settings)
+            losses = criterion(predictions, targets, match, counts, self.loss_settings)
             return losses.total, losses
 
         cotangents, losses = jax.grad(total, has_aux=True)(predictions)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cdetr_jax.losses import box, focal
-from cdetr_jax.losses.criterion import criterion
+from cdetr_jax.losses.criterion import LossSettings, criterion
 from cdetr_jax.structs import Counts, Match, Predictions, Targets
 
 L, B, Q, T, C = 2, 3, 5, 4, 7
@@ -48,7 +48,8 @@ def counts(targets, matched=None, queries=B * Q):
 
 
 def run(class_loss, predictions, targets, match, counts, **changes):
-    return criterion(predictions, targets, Match(jnp.array(match)), counts, class_loss=class_loss, **SETTINGS | changes)
+    settings = LossSettings(class_loss=class_loss, **SETTINGS | changes)
+    return criterion(predictions, targets, Match(jnp.array(match)), counts, settings)
 
 
 def literal_giou(a, b):

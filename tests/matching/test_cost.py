@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cdetr_jax.matching.cost import focal_class_cost, matching_cost
+from cdetr_jax.matching.cost import CostSettings, focal_class_cost, matching_cost
 from cdetr_jax.structs import Predictions, Targets
 
 L, B, Q, T, C = 2, 3, 5, 4, 7
@@ -47,15 +47,15 @@ def literal_class_cost(logits, label, class_loss):
 @pytest.mark.parametrize("class_loss", ["focal", "softmax"])
 def test_cost_is_the_literal_loop(class_loss):
     predictions, targets = problem()
-    actual = matching_cost(predictions, targets, class_loss=class_loss, **SETTINGS)
+    actual = matching_cost(predictions, targets, CostSettings(class_loss=class_loss, **SETTINGS))
     logits, predicted = (np.asarray(x, np.float64) for x in (predictions.logits, predictions.boxes_cxcywh))
     wanted, labels = np.asarray(targets.boxes_cxcywh, np.float64), np.asarray(targets.labels)
     expected = np.zeros((L, B, Q, T))
     for layer, b, q, t in np.ndindex(L, B, Q, T):
-        price = literal_class_cost(logits[layer, b, q], labels[b, t], class_loss)
+        cost = literal_class_cost(logits[layer, b, q], labels[b, t], class_loss)
         l1 = sum(abs(x - y) for x, y in zip(predicted[layer, b, q], wanted[b, t], strict=True))
         giou = literal_giou(predicted[layer, b, q], wanted[b, t])
-        expected[layer, b, q, t] = 2 * price + 5 * l1 - 2 * giou
+        expected[layer, b, q, t] = 2 * cost + 5 * l1 - 2 * giou
     np.testing.assert_allclose(actual, expected, rtol=FLOAT32, atol=FLOAT32)
 
 
@@ -63,20 +63,20 @@ def test_cost_is_the_literal_loop(class_loss):
 def test_each_factor_scales_its_own_term(term):
     predictions, targets = problem()
     none = dict(SETTINGS, class_cost=0.0, l1_cost=0.0, giou_cost=0.0)
-    one = matching_cost(predictions, targets, class_loss="focal", **{**none, term: 1.0})
-    three = matching_cost(predictions, targets, class_loss="focal", **{**none, term: 3.0})
+    one = matching_cost(predictions, targets, CostSettings(class_loss="focal", **{**none, term: 1.0}))
+    three = matching_cost(predictions, targets, CostSettings(class_loss="focal", **{**none, term: 3.0}))
     assert np.abs(one).min() > 0
     np.testing.assert_allclose(three, 3 * np.asarray(one), rtol=1e-6)
 
 
-def test_padded_targets_get_a_finite_price():
+def test_padded_targets_get_a_finite_cost():
     predictions, targets = problem()
     targets = targets.replace(labels=jnp.zeros_like(targets.labels), boxes_cxcywh=jnp.zeros_like(targets.boxes_cxcywh))
     for class_loss in ("focal", "softmax"):
-        assert np.isfinite(matching_cost(predictions, targets, class_loss=class_loss, **SETTINGS)).all()
+        assert np.isfinite(matching_cost(predictions, targets, CostSettings(class_loss=class_loss, **SETTINGS))).all()
 
 
-def test_extreme_logits_get_a_finite_price():
+def test_extreme_logits_get_a_finite_cost():
     logits = jnp.array([[[[-200.0, 200.0]]]])
     actual = focal_class_cost(logits, jnp.array([[0, 1]]), 0.25, 2.0)
     # p = 0 and p = 1: only the 1e-8 under the logarithm is left.
@@ -92,6 +92,6 @@ def test_a_better_query_is_cheaper():
         boxes_cxcywh=jnp.array([[[[0.5, 0.5, 0.2, 0.4], [0.5, 0.5, 0.2, 0.4], [0.2, 0.2, 0.2, 0.2]]]]),
     )
     for class_loss in ("focal", "softmax"):
-        price = np.asarray(matching_cost(predictions, target, class_loss=class_loss, **SETTINGS)).ravel()
-        assert price[0] < price[1]
-        assert price[0] < price[2]
+        cost = np.asarray(matching_cost(predictions, target, CostSettings(class_loss=class_loss, **SETTINGS))).ravel()
+        assert cost[0] < cost[1]
+        assert cost[0] < cost[2]

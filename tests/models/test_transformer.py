@@ -1,5 +1,6 @@
 """The transformer: literal NumPy layers, every published form, and what must not change its results."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import traverse_util
 
 from cdetr_jax.models import position
+from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.models.transformer import (
     REFERENCE_POINTS,
     SPATIAL_QUERIES,
@@ -23,6 +25,11 @@ from cdetr_jax.models.transformer import (
 D, N, F, Q, H, W = 12, 3, 13, 5, 2, 7
 S = H * W
 HEAD = D // N
+PUBLISHED = {
+    field.name: field.default
+    for field in dataclasses.fields(DetectionTransformer)
+    if field.name in Transformer.__dataclass_fields__ and field.name not in ("parent", "name")
+}
 SIZES = {"width": D, "num_heads": N, "ffn_width": F, "dropout": 0.0}
 # Layer norm keeps everything at size 1; float32 sums of some dozen terms in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -39,7 +46,7 @@ def numbers(tree, seed=0):
 
 
 def make(**settings):
-    return Transformer(**{"encoder_layers": 1, "decoder_layers": 2, **SIZES, **settings})
+    return Transformer(**{**PUBLISHED, "encoder_layers": 1, "decoder_layers": 2, **SIZES, **settings})
 
 
 def inputs(sizes=((H, W), (1, 4), (2, 3)), shape=(H, W), seed=1):
@@ -427,9 +434,7 @@ def test_dropout_needs_train_and_changes_results():
 
 def test_local_gain_starts_attention_at_the_reference_points():
     """Both position projections start as the same rotation, T as the identity: p_q.p_k is gain^2 p_s.p_k."""
-    model = Transformer(
-        encoder_layers=0, decoder_layers=2, width=16, num_heads=2, ffn_width=8, temperature=20.0, local_gain=3.0
-    )
+    model = make(encoder_layers=0, width=16, num_heads=2, ffn_width=8, temperature=20.0, local_gain=3.0)
     features, pos = jnp.zeros((1, 5, 16)), jnp.zeros((1, 5, 16))
     params = model.init(jax.random.key(0, impl="rbg"), features, pos, jnp.zeros((1, 5), bool), jnp.ones((3, 16)), False)
     params = jax.tree.map(np.asarray, params["params"])

@@ -29,7 +29,7 @@ from cdetr_jax.structs import Category
 from cdetr_jax.training import loop, parallel
 from cdetr_jax.training.step import StepFunctions, new_rng
 from cdetr_jax.visualization.curve import read_metrics
-from cdetr_jax.weights import load_initial, load_weights
+from cdetr_jax.weights.load import load_initial, load_weights
 from configs import demo
 
 STEPS_PER_EPOCH, STEPS = 3, 9

@@ -18,7 +18,9 @@ import numpy as np
 import optax
 import pytest
 
+from cdetr_jax.losses.criterion import LossSettings
 from cdetr_jax.matching.assign import NonFiniteCostError
+from cdetr_jax.matching.cost import CostSettings
 from cdetr_jax.models import resnet
 from cdetr_jax.models.detector import DetectionTransformer
 from cdetr_jax.structs import Batch, Losses, Predictions, Targets
@@ -62,8 +64,8 @@ def make_functions(model, class_loss="focal", ema_decay=EMA_DECAY, frozen=()):
             clip_norm=0.1,
             frozen_modules=frozen,
         ),
-        cost_settings={"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0, **shared},
-        loss_settings={"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "no_object_weight": 0.1, **shared},
+        cost_settings=CostSettings(class_cost=2.0, l1_cost=5.0, giou_cost=2.0, **shared),
+        loss_settings=LossSettings(class_weight=2.0, l1_weight=5.0, giou_weight=2.0, no_object_weight=0.1, **shared),
         ema_decay=ema_decay,
         top_k=10,
     )

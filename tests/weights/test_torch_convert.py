@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cdetr_jax.checkpoints.torch_convert import OFFICIAL, from_torch, torch_name
+from cdetr_jax.weights.torch_convert import OFFICIAL, from_torch, torch_name
 
 
 def shape(*sides):

@@ -6,7 +6,6 @@ The models have one block a stage and a few channels, so that reading and writin
 import dataclasses
 import functools
 import json
-import logging as python_logging
 import os
 import re
 import shutil
@@ -23,28 +22,18 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import cdetr_jax
-from cdetr_jax import build, weights
-from cdetr_jax.checkpoints import torch_files
-from cdetr_jax.checkpoints.architecture import HEADS, published_fields
 from cdetr_jax.checkpoints.io import Checkpoints
-from cdetr_jax.checkpoints.torch_convert import BACKBONE, OFFICIAL, to_torch
 from cdetr_jax.data.plan import evaluation_shapes
 from cdetr_jax.inference import Detector, Objects
 from cdetr_jax.models import resnet
-from cdetr_jax.models.detector import normalize, padding_mask
+from cdetr_jax.models.detector import model_of, normalize, padding_mask, published_fields
 from cdetr_jax.structs import Category
-from cdetr_jax.weights import (
-    Backbone,
-    Preprocessing,
-    Weights,
-    check_form,
-    load_initial,
-    load_weights,
-    save_hub,
-    save_pth,
-    save_run,
-    start_from,
-)
+from cdetr_jax.weights import load, start, torch_files
+from cdetr_jax.weights.architecture import HEADS
+from cdetr_jax.weights.load import Backbone, Preprocessing, Weights, load_initial, load_weights
+from cdetr_jax.weights.save import save_hub, save_pth, save_run
+from cdetr_jax.weights.start import check_form, start_from
+from cdetr_jax.weights.torch_convert import BACKBONE, OFFICIAL, to_torch
 
 SMALL = {
     "backbone": "resnet18",
@@ -83,7 +72,7 @@ def number(path, shape, rng):
 
 @functools.cache
 def template_of(fields):
-    flat = traverse_util.flatten_dict(weights._template(dict(fields)), sep="/")
+    flat = traverse_util.flatten_dict(load._template(dict(fields)), sep="/")
     return {path: flat[path].shape for path in sorted(flat)}
 
 
@@ -546,7 +535,7 @@ def test_a_file_that_is_not_there_is_no_matter_of_the_network():
 
 def logged(monkeypatch):
     lines = []
-    monkeypatch.setattr(weights.logging, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(start.logging, "info", lambda text, *values: lines.append(text % values))
     return lines
 
 
@@ -818,60 +807,6 @@ def test_supervision_takes_it():
     assert len(NOTHING.to_supervision()) == 0
 
 
-# ---------------------------------------------------------------------------------- the classes of a data set
-
-
-def data(**ids):
-    return [Category(i, name) for name, i in ids.items()]
-
-
-def test_the_same_names_count_and_not_the_ids():
-    classes = (Category(1, "disc"), None, Category(2, "ring"))
-    found = build.classes_in_data(classes, data(ring=1, disc=20))
-    assert found == (Category(20, "disc"), None, Category(1, "ring"))
-
-
-def test_equal_ids_and_names_stay():
-    classes = (None, Category(1, "disc"), Category(2, "ring"))
-    assert build.classes_in_data(classes, data(disc=1, ring=2)) == classes
-
-
-def test_classes_without_names_go_by_their_id():
-    classes = tuple(Category(i, f"class {i}") for i in range(4))
-    assert build.classes_in_data(classes, data(disc=1, ring=3)) == (
-        None, Category(1, "disc"), None, Category(3, "ring"),
-    )  # fmt: skip
-
-
-def test_a_name_that_several_categories_share_goes_by_its_id():
-    categories = [Category(3, "same"), Category(5, "same"), Category(7, "other")]
-    classes = (Category(5, "same"), Category(3, "same"), Category(9, "other"))
-    assert build.classes_in_data(classes, categories) == (categories[1], categories[0], categories[2])
-
-
-def test_a_class_that_the_data_do_not_have_stands_for_nothing(monkeypatch):
-    warnings = []
-    monkeypatch.setattr(build.logging, "warning", lambda *values: warnings.append(values))
-    found = build.classes_in_data((Category(1, "disc"), Category(2, "newt")), data(disc=1))
-    assert found == (Category(1, "disc"), None)
-    assert warnings == []
-
-
-def test_no_class_in_common():
-    classes = (None, *(Category(i, f"thing {i}") for i in range(1, 11)))
-    with pytest.raises(ValueError, match="the detector knows none of the data set's classes") as error:
-        build.classes_in_data(classes, data(disc=1, ring=2))
-    assert "it knows thing 1, thing 2, thing 3, thing 4, thing 5, thing 6, thing 7, thing 8..., the" in str(error.value)
-    assert "the data set has disc, ring...; evaluate on data with classes that it was trained for" in str(error.value)
-
-
-def test_classes_of_the_data_that_the_detector_does_not_know(caplog):
-    with caplog.at_level(python_logging.WARNING, logger="absl"):
-        found = build.classes_in_data((Category(1, "disc"),), data(disc=1, ring=2, kite=3))
-    assert found == (Category(1, "disc"),)
-    assert caplog.messages == ["the detector does not know 2 classes of the data: ring, kite"]
-
-
 # ------------------------------------------------------------------------------------- against transformers itself
 
 
@@ -892,7 +827,7 @@ def test_transformers_computes_the_same_with_what_we_write(decoder, norm_between
     images = np.asarray(normalize(pictures, is_pad))
 
     def ours(fields):
-        model = build.model_of(fields)
+        model = model_of(fields)
         found = model.apply(load_weights(tmp_path).variables, images, is_pad, method="stages").predictions
         return np.asarray(found.logits[-1]), np.asarray(found.boxes_cxcywh[-1])
 

@@ -16,7 +16,7 @@ import safetensors
 from huggingface_hub import errors
 from safetensors.numpy import save_file
 
-from cdetr_jax.checkpoints import torch_files
+from cdetr_jax.weights import torch_files
 
 # 3e-8 and 6e-5 are below float16's normal numbers, 65504 is its largest; all of them are exact in float16.
 HALF = np.array([[1, -2.5, 2**-24], [65504, 2**-14, -0.0]], np.float16)

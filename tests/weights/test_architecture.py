@@ -9,20 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cdetr_jax import build
-from cdetr_jax.checkpoints.architecture import (
+from cdetr_jax.data.coco_categories import COCO_CATEGORIES
+from cdetr_jax.models.detector import model_of, published_fields
+from cdetr_jax.structs import Category
+from cdetr_jax.weights.architecture import (
     HEADS,
     classes_of,
     hub_config,
     hub_preprocessor,
     model_fields,
-    published_fields,
     sides_of,
 )
-from cdetr_jax.checkpoints.torch_convert import HUB, HUB_WITHOUT_TIMM, OFFICIAL, from_torch, to_torch
-from cdetr_jax.checkpoints.torch_files import WeightsFile
-from cdetr_jax.data.coco_categories import COCO_CATEGORIES
-from cdetr_jax.structs import Category
+from cdetr_jax.weights.torch_convert import HUB, HUB_WITHOUT_TIMM, OFFICIAL, from_torch, to_torch
+from cdetr_jax.weights.torch_files import WeightsFile
 
 LAYOUTS = {"official": OFFICIAL, "hub": HUB, "hub_without_timm": HUB_WITHOUT_TIMM}
 SMALL = {
@@ -44,7 +43,7 @@ def fields_with(**changes):
 
 @functools.cache
 def _template(items):
-    model = build.model_of(dict(items))
+    model = model_of(dict(items))
     images, sizes = jnp.zeros((1, 64, 64, 3), jnp.uint8), jnp.full((1, 2), 64)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), images, sizes))
 

@@ -1,18 +1,17 @@
 """Which model published weights are of, read from their names, shapes and `config.json`; and the way back."""
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
-from cdetr_jax.checkpoints.torch_convert import HUB_WITHOUT_TIMM, Layout, torch_name
-from cdetr_jax.checkpoints.torch_files import CONFIG, PREPROCESSOR, WeightsFile
 from cdetr_jax.data.coco_categories import COCO_CATEGORIES
-from cdetr_jax.models.detector import MEAN_RGB, STD_RGB, DetectionTransformer
+from cdetr_jax.models.detector import MEAN_RGB, STD_RGB, published_fields
 from cdetr_jax.models.resnet import BOTTLENECK, STAGE_SIZES
 from cdetr_jax.structs import Category
+from cdetr_jax.weights.torch_convert import HUB_WITHOUT_TIMM, Layout, torch_name
+from cdetr_jax.weights.torch_files import CONFIG, PREPROCESSOR, WeightsFile
 
 NOTHING = "N/A"  # how the hub's configs name a logit that stands for no class
 MODEL_TYPES = {"conditional": "conditional_detr", "detr": "detr"}
@@ -33,14 +32,6 @@ SAME_FIELDS = {
     # transformers then also normalises between the decoder's layers; the authors' code has the losses without that.
     "norm_between_layers": ("auxiliary_loss", None),
 }
-
-
-def published_fields() -> dict[str, Any]:
-    """The fields of `config.model` with the published model's values."""
-    fields = {field.name: field.default for field in dataclasses.fields(DetectionTransformer)}
-    return {name: value for name, value in fields.items() if name not in ("dtype", "parent", "name")} | {
-        "compute_dtype": "float32"
-    }
 
 
 def model_fields(file: WeightsFile, layout: Layout) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from cdetr_jax.checkpoints import misfit
+from cdetr_jax.checkpoints import mismatch
 
 Rename = tuple[str, str | Callable[[re.Match], str]]
 
@@ -141,7 +141,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], template: Any, layout: Layo
             misshapen.append(f"{name} {array.shape}, expected {leaf.shape}")
         ours[(collection, *path.split("/"))] = array
     unused = [name for name in state_dict if name not in used and not is_ignored(name, layout)]
-    problems = misfit.describe(missing, unused, misshapen)
+    problems = mismatch.describe(missing, unused, misshapen)
     if problems:
         raise ValueError(f"the weights do not fit the model: {problems}")
     return traverse_util.unflatten_dict(ours)
