@@ -266,27 +266,39 @@ def start(case, variables):
     return parallel.Trainer(functions, jax.local_devices()[:1]), state
 
 
-def gradients(trainer, state, batch, match=None):
-    """The first step's, as NumPy arrays, and the match that they belong to: the given one, or SciPy's."""
-    placed, state = trainer.put(batch), trainer.replicate(state)
+def gradients(trainer, state, placed, match=None):
+    """The gradients and losses of a replicated state, and their match: the given one, or SciPy's."""
     predictions, pullback = trainer.forward(state, placed.batch.images, placed.batch.sizes_hw, trainer.number(0))
     match = match or trainer.match(trainer.cost(predictions, placed.batch.targets), placed)
-    cotangents, _ = trainer.loss(predictions, placed.batch.targets, match, trainer.counts([placed]))
-    return parallel.unreplicate(trainer.backward(pullback, cotangents)), match
+    cotangents, losses = trainer.loss(predictions, placed.batch.targets, match, trainer.counts([placed]))
+    return trainer.backward(pullback, cotangents), losses, match
+
+
+class Steps(NamedTuple):
+    """Three optimiser steps: gradients and match of the first, metrics of all, and the parameters after them."""
+
+    gradients: dict
+    match: Match
+    metrics: list
+    params: dict
 
 
 @pytest.fixture(scope="module")
-def started(case):
-    return start(case, case.variables)
+def three_steps(case):
+    trainer, state = start(case, case.variables)
+    state, placed = trainer.replicate(state), trainer.put(case.batch)
+    grads, losses, match = gradients(trainer, state, placed)
+    first = parallel.unreplicate(grads)
+    state, step_metrics = trainer.apply(state, grads, losses)  # the first step, whose gradients are wanted too
+    metrics = [step_metrics]
+    for _ in range(2):
+        state, step_metrics = trainer.step(state, [placed])
+        metrics.append(step_metrics)
+    return Steps(first, match, metrics, parallel.unreplicate(state.params))
 
 
-@pytest.fixture(scope="module")
-def first_gradients(case, started):
-    return gradients(*started, case.batch)
-
-
-def test_the_gradient_of_every_tensor(case, first_gradients):
-    norms = by_official_name(first_gradients[0])
+def test_the_gradient_of_every_tensor(case, three_steps):
+    norms = by_official_name(three_steps.gradients)
     trainable = list(map(str, case.expected["trainable"]))
     noise = GRADIENT_NOISE * case.expected["grad_global_norm_0"]
     for name, norm in zip(trainable, case.expected["grad_norms"], strict=True):
@@ -294,14 +306,11 @@ def test_the_gradient_of_every_tensor(case, first_gradients):
     assert all(norm == 0 for name, norm in norms.items() if name not in trainable), "frozen stages have gradients"
 
 
-def test_three_optimizer_steps(case, started):
-    trainer, state = started
-    state = trainer.replicate(state)
-    for step in range(3):
-        state, metrics = trainer.step(state, [case.batch])
+def test_three_optimizer_steps(case, three_steps):
+    for step, metrics in enumerate(three_steps.metrics):
         np.testing.assert_allclose(metrics.losses.total[0], case.expected[f"total_loss_{step}"], rtol=STEPS)
         np.testing.assert_allclose(metrics.grad_norm[0], case.expected[f"grad_global_norm_{step}"], rtol=STEPS)
-    deltas = by_official_name(jax.tree.map(np.subtract, parallel.unreplicate(state.params), case.variables["params"]))
+    deltas = by_official_name(jax.tree.map(np.subtract, three_steps.params, case.variables["params"]))
     trainable = list(map(str, case.expected["trainable"]))
     # AdamW makes steps of full size also of rounding noise: tensors with no other gradient are left out.
     has_gradient = case.expected["grad_norms"] > NO_GRADIENT * case.expected["grad_global_norm_0"]
@@ -312,11 +321,13 @@ def test_three_optimizer_steps(case, started):
 
 
 @pytest.mark.parametrize("case", ["official_r50"], indirect=True, scope="module")
-def test_how_far_float32_gradients_are_from_the_truth(case, first_gradients):
+def test_how_far_float32_gradients_are_from_the_truth(case, three_steps):
     """For the same match, whose near-ties are another matter."""
-    truth, match = first_gradients
+    truth, match = three_steps.gradients, three_steps.match
     with jax.enable_x64(False):
-        grads, _ = gradients(*start(case, jax.tree.map(np.float32, case.variables)), case.batch, match)
+        trainer, state = start(case, jax.tree.map(np.float32, case.variables))
+        grads, *_ = gradients(trainer, trainer.replicate(state), trainer.put(case.batch), match)
+        grads = parallel.unreplicate(grads)
     ours, exact = (
         np.concatenate([leaf.ravel().astype(np.float64) for leaf in jax.tree.leaves(tree)]) for tree in (grads, truth)
     )
