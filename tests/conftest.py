@@ -1,16 +1,25 @@
 """Two virtual CPU devices for every test; shapes are checked, and arrays of another rank do not broadcast."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+
+# What one test compiles, the others find, in all processes of this run and in the commands that they start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cdetr-tests-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
 from etils import epath
 from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFileSystem
-from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_platforms", "cpu")
@@ -21,22 +30,14 @@ install_import_hook(
 )
 
 
-@pytest.fixture(scope="module")
-def kept_compilations(tmp_path_factory):
-    """What one test of the module compiles, the next finds. Returns: the settings of JAX that do this."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield settings
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def pytest_collection_modifyitems(items):
+    """With several processes the tests of a file stay together; of the parity tests, those of a case."""
+    for item in items:
+        name = item.path.name
+        if name == "test_parity.py":
+            name += item.callspec.params["case"]
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: not item.path.name.startswith("test_parity"))  # the longest first
 
 
 class _ObjectStore(MemoryFileSystem):

@@ -9,7 +9,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -58,21 +57,13 @@ def at_the_root(monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A workdir that the command trained: one epoch of two steps, with one block a stage."""
-    import jax
-
     workdir = tmp_path_factory.mktemp("run") / "new" / "folder"
-    cache = str(tmp_path_factory.getbasetemp() / "compiled")
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", cache)
-    compilation_cache.reset_cache()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "path", list(sys.path))
         patch.setitem(resnet.STAGE_SIZES, "resnet18", (1, 1, 1, 1))
         run(["train", "--config=configs/demo.py", f"--workdir={workdir}", *SMALL])
         yield workdir
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
 
 
 def fails(capsys, arguments, status=1):

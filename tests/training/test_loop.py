@@ -65,7 +65,7 @@ def make_config(**groups):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(kept_compilations):
+def compiled_once():
     """Runs of one model share step functions, first parameters and compiled programs; the seed is 0 in all of them."""
     make_step_functions, init = build.make_step_functions, StepFunctions.init
     functions_of, states = {}, {}
@@ -90,11 +90,11 @@ def compiled_once(kept_compilations):
         patch.setattr(StepFunctions, "init", shared_init)
         patch.setattr(StepFunctions, "__hash__", object.__hash__)
         patch.setattr(loop, "Trainer", functools.cache(parallel.Trainer))
-        yield kept_compilations
+        yield
 
 
 @pytest.fixture(scope="module")
-def undisturbed(compiled_once, tmp_path_factory):
+def undisturbed(tmp_path_factory):
     """A whole run without any stop, evaluated at its end. Returns: config, workdir, the last evaluation's numbers."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     config = make_config(eval={"every_epochs": 3})
@@ -242,13 +242,12 @@ train_and_evaluate(ml_collections.ConfigDict(config), workdir)
 
 
 @pytest.mark.parametrize(("last_step", "is_written"), [(1, True), (STEPS - 1, False)])
-def test_a_killed_run_goes_on_to_the_same_bits(last_step, is_written, undisturbed, compiled_once, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bits(last_step, is_written, undisturbed, tmp_path):
     config = make_config()
-    environment = os.environ | {name.upper(): str(value) for name, value in compiled_once.items()}
     arguments = [config.to_dict(), str(tmp_path), ONE_BLOCK_A_STAGE, last_step, is_written]
     run = subprocess.run(
         [sys.executable, "-c", KILLED, *map(json.dumps, arguments)],
-        env=environment | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         check=False,
@@ -264,7 +263,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(last_step, is_written, undisturbe
 # --------------------------------------------------------------------------------------------- what is kept
 
 
-def test_the_last_and_the_best_by_ap_are_kept(compiled_once, tmp_path, monkeypatch):
+def test_the_last_and_the_best_by_ap_are_kept(tmp_path, monkeypatch):
     precisions = iter((0.2, 0.5, 0.3))
 
     def made_up(*_):

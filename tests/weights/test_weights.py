@@ -51,8 +51,8 @@ CLASSES = (Category(30, "disc"), None, Category(7, "Fußgänger"), Category(8, "
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_block_a_stage(kept_compilations):
-    """Small backbones; and what one detector compiles, the next of the same model finds."""
+def one_block_a_stage():
+    """Small backbones."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("resnet18", "resnet50"):
             patch.setitem(resnet.STAGE_SIZES, name, (1, 1, 1, 1))
