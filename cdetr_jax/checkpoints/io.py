@@ -1,6 +1,8 @@
 """Save, restore and keep the last n and the best of the whole training state, through Orbax."""
 
+import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,7 +38,8 @@ class Checkpoints:
         )
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"{workdir} holds no checkpoints; `cdetr train --workdir={workdir}` makes them")
-        self._manager = ocp.CheckpointManager(
+        self._manager = _quietly(
+            ocp.CheckpointManager,
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=None if read_only else policy,
@@ -136,6 +139,20 @@ class Checkpoints:
             f"could not write a checkpoint to {self.directory}: {error}; the earlier ones are whole: free some space "
             "and run the same command again to go on",
         )
+
+
+def _quietly(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Calls without Orbax's warnings: it has three for every folder that is opened for reading only."""
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname or record.levelno > logging.WARNING
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_shown)
+    try:
+        return make(*arguments, **options)
+    finally:
+        logger.removeFilter(is_shown)
 
 
 def _as_numpy(leaf: np.ndarray) -> ocp.RestoreArgs:
