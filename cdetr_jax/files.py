@@ -65,9 +65,10 @@ def _name_beside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode
+        mode = temporary.stat().st_mode  # as the umask has it
+        temporary.unlink()
         yield temporary
-        temporary.chmod(mode)  # as the umask has it: safetensors, for one, writes files that only their owner reads
+        temporary.chmod(mode)  # safetensors, for one, writes files that only their owner may read
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):

@@ -198,7 +198,7 @@ def _as_array(picture: Picture, name: str) -> np.ndarray:
         )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
         raise ValueError(
-            f"{name} is {image.dtype} {list(image.shape)}, expected a uint8 array [H, W, 3], not empty, its channels in "
-            "the order red, green, blue"
+            f"{name} is {image.dtype} {list(image.shape)}, expected a uint8 array [H, W, 3] that is not empty, its "
+            "channels in the order red, green, blue"
         )
     return image
