@@ -373,10 +373,12 @@ def test_predict_writes_over_nobodys_pictures(trained, pictures, capsys):
     for _ in range(2):
         run([*run_predict, *(str(pictures / name) for name in names)])
         drawings = [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines() if " -> " in line]
-        assert drawings == ["gray_2.png", "sheet_3.png", "SAME_2.png", "same_3.png"]
+        assert drawings == ["gray_2.png", "sheet_3.png", "SAME_2.png", "same.png"]
     for _ in range(2):  # what is in the output is not looked for
-        run([*run_predict[:3], f"--output={pictures}/one/found", str(pictures / "link")])
-        assert "2 pictures: " in capsys.readouterr().out
+        run([*run_predict[:3], f"--output={pictures}/one/found", f"{pictures}/SAME.png", f"{pictures}/link"])
+        assert "3 pictures: " in capsys.readouterr().out
+        drawings = {path.name for path in (pictures / "one" / "found").glob("*.png")}
+        assert drawings == {"SAME.png", "same_2.png", "found.png", "sheet.png"}
     error = fails(capsys, [*run_predict[:3], f"--output={pictures}/link", str(pictures / "one")])
     assert f"--output={pictures}/link is the folder of the pictures; name another one, such as" in error
     shutil.copy(pictures / "gray.png", pictures / "predictions.json")
