@@ -4,35 +4,13 @@ Both files hold a function of `images`, uint8 [B, H, W, 3] RGB with each picture
 `sizes_hw`, int32 [B, 2], its height and width in pixels there. What lies outside of the picture does not count. The K
 best detections of each picture come out, best first:
 
-- `boxes_xyxy`, float32 [B, K, 4]: left, top, right, bottom as fractions of the picture, so that they can be scaled to
-  the original picture's size;
+- `boxes_xyxy`, float32 [B, K, 4]: left, top, right, bottom as fractions of the picture, clipped to it, so that they can
+  be scaled to the original picture's size;
 - `scores`, float32 [B, K];
 - `category_ids`, int32 [B, K]: the data set's own.
 
-A StableHLO file needs `pip install jax flatbuffers`, no older than its signature's "jax":
-
-    import io, json, zipfile
-    import jax, numpy as np
-    from jax import export
-
-    with zipfile.ZipFile("detector.zip") as file:
-        detect = jax.jit(export.deserialize(bytearray(file.read("detect.stablehlo"))).call)
-        weights = jax.device_put(dict(np.load(io.BytesIO(file.read("weights.npz")))))
-        names = {entry["id"]: entry["name"] for entry in json.loads(file.read("classes.json"))}
-        signature = json.loads(file.read("signature.json"))  # shapes, and how to resize a picture
-    found = detect(weights, images, sizes_hw)  # {"boxes_xyxy", "scores", "category_ids"}
-
-An ONNX file needs `pip install onnxruntime`:
-
-    import json
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession("detector.onnx")
-    metadata = session.get_modelmeta().custom_metadata_map
-    names = {entry["id"]: entry["name"] for entry in json.loads(metadata["classes"])}
-    signature = json.loads(metadata["signature"])
-    outputs = ["boxes_xyxy", "scores", "category_ids"]
-    boxes_xyxy, scores, category_ids = session.run(outputs, {"images": images, "sizes_hw": sizes_hw})
+A StableHLO file needs `pip install jax flatbuffers`, no older than its signature's "jax"; an ONNX file needs
+`pip install onnxruntime`. README.md, "Deploy", has the lines that load them and resize a picture as `Detector` does.
 """
 
 import io
@@ -87,7 +65,8 @@ def make_detect(model: DetectionTransformer, classes: ClassTable, top_k: int) ->
         one_pixel = jnp.ones_like(sizes_hw)
         found = detect(model, variables, images, sizes_hw, one_pixel, top_k=top_k, known=tuple(known))
         category_ids = jnp.array(id_of_logit, jnp.int32)[found.labels]
-        return dict(zip(OUTPUTS, (found.boxes_xyxy_px, found.scores, category_ids), strict=True))
+        boxes_xyxy = jnp.clip(found.boxes_xyxy_px, 0, 1)
+        return dict(zip(OUTPUTS, (boxes_xyxy, found.scores, category_ids), strict=True))
 
     return detect_known
 
@@ -203,7 +182,8 @@ def _signature(weights: Weights, top_k: int, shape_hw: tuple[int, int], batch: i
             "category_ids": {"dtype": "int32", "shape": [size, top_k]},
         },
         "preprocessing": {
-            "resize": "bilinear, the same factor for both sides",
+            "resize": "bilinear; the short side to short_side_px, or to the nearest pixel of what makes the long side "
+            "long_side_max_px; the long side rounded down; then down to H and W, where it is larger",
             "short_side_px": sides.short_side_px,
             "long_side_max_px": sides.long_side_max_px,
             "padding": "zeros to the right and below",

@@ -2,13 +2,14 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from etils import epath
@@ -63,7 +64,11 @@ def _name_beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it
+        temporary.unlink()
         yield temporary
+        temporary.chmod(mode)  # safetensors, for one, writes files that only their owner may read
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
@@ -77,3 +82,60 @@ def _name_to_upload(path: "epath.Path") -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         path.write_bytes(temporary.read_bytes())
+
+
+@contextlib.contextmanager
+def growing_list(path: str | os.PathLike) -> Iterator[Callable[[Sequence[Any]], None]]:
+    """Gives a function that adds items to a JSON list in a file; the list there is whole after every call.
+
+    So a process that is killed leaves what was added before. A remote file arrives when the block ends, in whatever
+    way. What `path` held before is lost. Folders that are missing are made.
+    Raises: ValueError, see `as_path`.
+    """
+    path = as_path(path)
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory() as folder, growing_list(Path(folder) / path.name) as add:
+            try:
+                yield add
+            finally:
+                path.write_bytes((Path(folder) / path.name).read_bytes())
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = b"\n]\n"
+    with path.open("wb", buffering=0) as file:
+        length = file.write(b"[")  # without the end
+        file.write(end)
+
+        def add(items: Sequence[Any]) -> None:
+            nonlocal length
+            lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in items)
+            if not lines:
+                return
+            text = (("\n" if length == 1 else ",\n") + lines).encode() + end
+            file.seek(length)
+            try:
+                written = file.write(text)
+                if written < len(text):  # a disk that is full now says so at the next attempt
+                    file.write(text[written:])
+            except OSError:
+                file.seek(length)
+                file.write(end)
+                file.truncate()
+                raise
+            length += len(text) - len(end)
+
+        yield add
+
+
+def refuse_to_overwrite(source: str | os.PathLike, target: str | os.PathLike, option: str) -> None:
+    """Raises ValueError, if the file `target` is `source`, or one that makes up the folder `source`.
+
+    Links and other spellings of a path count as what they lead to. `option`: what the user names the target with.
+    """
+    source, target = Path(source), as_path(target)
+    if not isinstance(target, Path) or not target.exists() or not source.exists():
+        return
+    names = ("model.safetensors", "pytorch_model.bin", "config.json", "classes.json", "preprocessor_config.json")
+    own = [source, *(source / name for name in names)]
+    if any(file.exists() and target.samefile(file) for file in own):
+        raise ValueError(f"{option} {target} would be written over the weights {source}; name another one")

@@ -3,17 +3,18 @@
 import collections
 import dataclasses
 import functools
+import numbers
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cdetr_jax.data.plan import smallest_shape
-from cdetr_jax.data.sources import decode_rgb, open_picture
+from cdetr_jax.data.sources import PICTURE_ERRORS, bad_picture, decode_rgb, open_picture
 from cdetr_jax.data.transforms import resize_for_evaluation
 from cdetr_jax.evaluation.postprocess import detect
 from cdetr_jax.structs import Detections
@@ -21,16 +22,16 @@ from cdetr_jax.visualization.draw import draw_boxes
 from cdetr_jax.weights.load import Weights, load_weights
 from cdetr_jax.weights.torch_files import HUB_PREFIX
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
+Picture = str | os.PathLike | Image.Image | np.ndarray | jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Objects:
     """What was found in one picture, best first.
 
     Attributes:
       image: [H, W, 3] uint8 RGB, upright.
-      boxes_xyxy_px: [n, 4] float32, left, top, right, bottom in pixels of `image`.
+      boxes_xyxy_px: [n, 4] float32, left, top, right, bottom in pixels of `image`, clipped to it.
       scores: [n] float32, in [0, 1].
       class_ids: [n] int64, the data set's own category ids.
       names: the n class names.
@@ -46,6 +47,15 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        return f"<Objects: {self.summary()} in a picture of {width} x {height} pixels>"
+
+    def summary(self) -> str:
+        """How many of which class, the best found first: "2 dog, 1 cat", or "nothing"."""
+        counts = collections.Counter(self.names)
+        return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
 
     def draw(self) -> Image.Image:
         """The picture with the boxes, names and scores drawn over it."""
@@ -90,33 +100,44 @@ class Detector:
         Raises: as `load_weights`.
         """
         source = os.fspath(source)
-        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", source) and not os.path.exists(source):
-            source = HUB_PREFIX + source
-        return cls(load_weights(source, checkpoint))
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", source) or os.path.exists(source):
+            return cls(load_weights(source, checkpoint))
+        try:
+            return cls(load_weights(HUB_PREFIX + source, checkpoint))
+        except OSError as error:
+            raise OSError(f"there is no file or folder {source} here, and as a model of the hub: {error}") from error
 
     def __call__(
-        self, picture: Picture | Sequence[Picture], threshold: float = 0.5, batch_size: int = 8
+        self, picture: Picture | Iterable[Picture], threshold: float = 0.5, batch_size: int = 8
     ) -> Objects | list[Objects]:
-        """Finds the objects of one picture, or of each of a list.
+        """Finds the objects of one picture, or of each of several. A picture may have any size.
 
         Args:
-          picture: path, PIL image, or uint8 array [H, W, 3] RGB; a file's EXIF rotation is applied.
-          threshold: lowest score.
+          picture: path, PIL image, or uint8 array [H, W, 3] whose channels are red, green, blue (OpenCV's are not: turn
+            them with `array[..., ::-1]`); or a list, tuple or generator of those. A file and a PIL image are turned as
+            their EXIF tag says.
+          threshold: lowest score, 0 to 1.
           batch_size: pictures of a list that run together, where as many have the same padded shape; the rest run one
             by one, so that a shape is compiled for two sizes of batch at most.
-        Raises: BadPictureError, if a file is not a picture; ValueError, if an array is not one.
+        Raises: BadPictureError (a ValueError), if a file or PIL image cannot be decoded; ValueError, if an array is no
+          picture; TypeError, if it is something else.
         """
-        if not isinstance(picture, (list, tuple)):
-            return self([picture], threshold, batch_size)[0]
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-        found: list[Objects | None] = [None] * len(picture)
+        if not isinstance(threshold, numbers.Real) or not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is {threshold!r}, expected a score from 0 to 1")
+        if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}, expected a whole number, at least 1")
+        if not isinstance(picture, (list, tuple, Iterator)):
+            return self._find_all([_as_array(picture, "the picture")], threshold, 1)[0]
+        return self._find_all((_as_array(one, f"picture {i}") for i, one in enumerate(picture)), threshold, batch_size)
+
+    def _find_all(self, images: Iterable[np.ndarray], threshold: float, batch_size: int) -> list[Objects]:
+        found: list[Objects | None] = []
         waiting = collections.defaultdict(list)  # by padded shape
-        for i, one in enumerate(picture):
-            image = _as_array(one)
-            sides = self._preprocessing.short_side_px, self._preprocessing.long_side_max_px
-            resized = resize_for_evaluation(image, *sides)
-            shape_hw = smallest_shape(np.array([resized.shape[:2]]), self._preprocessing.shapes_hw)[0]
+        sides, largest_hw = self._preprocessing, self._preprocessing.largest_hw
+        for i, image in enumerate(images):
+            found.append(None)
+            resized = resize_for_evaluation(image, sides.short_side_px, sides.long_side_max_px, largest_hw)
+            shape_hw = smallest_shape(np.array([resized.shape[:2]]), (*sides.shapes_hw, largest_hw))[0]
             together = waiting[tuple(shape_hw)]
             together.append((i, image, resized))
             if len(together) == batch_size:
@@ -149,9 +170,10 @@ class Detector:
         known = np.array([self.classes[label] is not None for label in found.labels])
         kept = (found.scores >= threshold) & known
         categories = [self.classes[label] for label in found.labels[kept]]
+        height, width = image.shape[:2]
         return Objects(
             image=image,
-            boxes_xyxy_px=found.boxes_xyxy_px[kept],
+            boxes_xyxy_px=found.boxes_xyxy_px[kept].clip(0, np.array([width, height] * 2, np.float32)),
             scores=found.scores[kept],
             class_ids=np.array([category.id for category in categories], np.int64),
             names=[category.name for category in categories],
@@ -159,11 +181,24 @@ class Detector:
         )
 
 
-def _as_array(picture: Picture) -> np.ndarray:
+def _as_array(picture: Picture, name: str) -> np.ndarray:
+    """The picture as uint8 [H, W, 3] RGB, upright. `name`: for the errors, where it has none of its own."""
+    if isinstance(picture, (str, os.PathLike)):
+        return open_picture(picture)
     if isinstance(picture, Image.Image):
-        return decode_rgb(picture)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
-            raise ValueError(f"a picture is a uint8 array [H, W, 3]; this is {picture.dtype} {list(picture.shape)}")
-        return picture
-    return open_picture(picture)
+        try:
+            image = decode_rgb(ImageOps.exif_transpose(picture))
+        except PICTURE_ERRORS as error:
+            raise bad_picture(name, error) from error
+    elif hasattr(picture, "__array__"):  # NumPy, JAX, PyTorch
+        image = np.asarray(picture)
+    else:
+        raise TypeError(
+            f"{name} is of type {type(picture).__name__}, expected a path, a PIL image or a uint8 array [H, W, 3]"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+        raise ValueError(
+            f"{name} is {image.dtype} {list(image.shape)}, expected a uint8 array [H, W, 3] that is not empty, its "
+            "channels in the order red, green, blue"
+        )
+    return image

@@ -311,7 +311,7 @@ def test_predict(trained, pictures, capsys):
     assert end.value.code == 1
     printed = capsys.readouterr()
     assert "1 of 5 pictures could not be read, see above" in printed.err
-    assert f"{pictures}/broken.jpg: not read: {pictures}/broken.jpg: cannot read this picture" in printed.out
+    assert f"\n{pictures}/broken.jpg: cannot read this picture" in printed.out
 
     drawings = {"gray.png": (44, 30), "same.png": (40, 32), "same_2.png": (40, 32), "turned.png": (24, 48)}
     for name, (width, height) in drawings.items():
@@ -332,9 +332,8 @@ def test_predict(trained, pictures, capsys):
         left, top, width, height = result["bbox"]
         assert width >= 0
         assert height >= 0
-        # A box may reach over the side of its picture, by half of its size: its centre may not.
-        assert 0 <= left + width / 2 <= sizes[result["image_id"]][0]
-        assert 0 <= top + height / 2 <= sizes[result["image_id"]][1]
+        assert 0 <= left <= left + width <= sizes[result["image_id"]][0] + 1e-4  # as a sum of two float32
+        assert 0 <= top <= top + height <= sizes[result["image_id"]][1] + 1e-4
     assert {result["file_name"] for result in results if result["image_id"] == 5} == {f"{pictures}/turned.jpg"}
 
 
@@ -352,6 +351,60 @@ def test_predict_writes_what_coco_evaluation_reads(trained, tmp_path, capsys):
     }
     truth.createIndex()
     assert len(truth.loadRes(results).getAnnIds()) == len(results)
+
+
+def test_predict_writes_over_nobodys_pictures(trained, pictures, capsys):
+    """With the output among them, under other spellings and letters, and again over its own drawings."""
+    for name in ("sheet.png", "SAME.png", "one/found.png"):
+        shutil.copy(pictures / "gray.png", pictures / name)
+    (pictures / "link").symlink_to(pictures / "one")
+    before = {path: path.read_bytes() for path in pictures.rglob("*.*")}
+    names = ["gray.png", "sheet.png", "SAME.png", "one/same.png"]
+    run_predict = ["predict", f"--weights={trained}", "--threshold=0", f"--output={pictures}/link/.."]
+    for _ in range(2):
+        run([*run_predict, *(str(pictures / name) for name in names)])
+        drawings = [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines() if " -> " in line]
+        assert drawings == ["gray_2.png", "sheet_3.png", "SAME_2.png", "same.png"]
+    for _ in range(2):  # what is in the output is not looked for
+        run([*run_predict[:3], f"--output={pictures}/one/found", f"{pictures}/SAME.png", f"{pictures}/link"])
+        assert "3 pictures: " in capsys.readouterr().out
+        drawings = {path.name for path in (pictures / "one" / "found").glob("*.png")}
+        assert drawings == {"SAME.png", "same_2.png", "found.png", "sheet.png"}
+    error = fails(capsys, [*run_predict[:3], f"--output={pictures}/link", str(pictures / "one")])
+    assert f"--output={pictures}/link is the folder of the pictures; name another one, such as" in error
+    shutil.copy(pictures / "gray.png", pictures / "predictions.json")
+    error = fails(capsys, [*run_predict, str(pictures / "predictions.json")])
+    assert "predictions.json is one of the pictures, and would be written over; name another --output" in error
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_predict_keeps_what_it_has_when_it_fails(trained, pictures, capsys, monkeypatch):
+    from cdetr_jax.inference import Detector
+
+    def find(self, image, threshold):
+        if image.shape[:2] == (30, 44):
+            raise MemoryError("too large")
+        return call(self, image, threshold)
+
+    call = Detector.__call__
+    monkeypatch.setattr(Detector, "__call__", find)
+    files = [str(pictures / name) for name in ("one", "gray.png", "two")]
+    with pytest.raises(MemoryError) as error:
+        run(["predict", f"--weights={trained}", f"--output={pictures}/o", "--threshold=0", *files])
+    assert error.value.__notes__ == [f"with {pictures}/gray.png, 44 x 30 pixels"]
+    assert {result["image_id"] for result in json.loads((pictures / "o" / "predictions.json").read_text())} == {1}
+    assert (pictures / "o" / "same.png").exists()
+
+
+def test_ids_of_pictures_and_of_the_evaluation_set_differ(trained, pictures, capsys):
+    output = pictures / "o"
+    run(["predict", f"--weights={trained}", f"--output={output}", "--threshold=0", "--from-eval=2", f"{pictures}/one"])
+    results = json.loads((output / "predictions.json").read_text())
+    assert {result["image_id"] for result in results if "same" in result["file_name"]} == {6}  # the set has 5
+    assert {result["image_id"] for result in results} == {1, 2, 6}
+    assert "--from-eval is -1, expected a number" in fails(
+        capsys, ["predict", f"--weights={trained}", f"--output={output}", "--from-eval=-1"]
+    )
 
 
 def test_predict_above_every_score(trained, tmp_path, capsys):

@@ -1,14 +1,17 @@
 """Which paths are taken, and files that are there whole or not at all, on a disk and in an object store."""
 
+import contextlib
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
-from cdetr_jax.files import as_path, is_remote, whole_file
+from cdetr_jax.files import as_path, growing_list, is_remote, refuse_to_overwrite, whole_file
 
 
 @pytest.mark.parametrize("path", ["runs/r50", "/tmp/run", "./gs:/run", "a:b", "C:/run", pathlib.Path("runs")])
@@ -124,3 +127,64 @@ def test_a_temporary_name_that_is_gone_already_hides_no_error(tmp_path):
 
     with pytest.raises(KeyError, match="mine"), whole_file(tmp_path / "run" / "a.json"):
         fail()
+
+
+def test_a_file_follows_the_umask(tmp_path):
+    """Also one whose writer makes it private, as safetensors does."""
+    (tmp_path / "plain").touch()
+    with whole_file(tmp_path / "private") as temporary:
+        os.close(os.open(temporary, os.O_CREAT, 0o600))
+    assert (tmp_path / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode != 0o100600
+
+
+def test_a_list_is_whole_after_every_addition(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    with growing_list(path) as add:
+        assert json.loads(path.read_text()) == []
+        add([])
+        add([{"a": "ä"}, 2])
+        assert json.loads(path.read_text(encoding="utf-8")) == [{"a": "ä"}, 2]
+        add([3])
+        assert json.loads(path.read_text(encoding="utf-8")) == [{"a": "ä"}, 2, 3]
+    with growing_list(path):
+        pass
+    assert json.loads(path.read_text()) == []
+
+
+def test_a_remote_list_arrives_whatever_happens(bucket):
+    def fail(add):
+        add([1])
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"), growing_list(bucket / "a.json") as add:
+        fail(add)
+    assert json.loads((bucket / "a.json").read_text()) == [1]
+
+
+def test_a_full_disk_leaves_a_whole_list(tmp_path, monkeypatch):
+    def full(self, data):
+        if len(data) < 4:  # what stood there before has its place
+            return raw.write(data)
+        raw.write(data[:5])
+        raise OSError(28, "No space left on device")
+
+    raw = (tmp_path / "a.json").open("wb", buffering=0)
+    disk = types.SimpleNamespace(seek=raw.seek, truncate=raw.truncate, write=lambda data: full(None, data))
+    monkeypatch.setattr(type(tmp_path), "open", lambda *_, **__: contextlib.nullcontext(disk))
+    with pytest.raises(OSError, match="No space left"), growing_list(tmp_path / "a.json") as add:
+        add(["much"])
+    monkeypatch.undo()
+    raw.close()
+    assert json.loads((tmp_path / "a.json").read_text()) == []
+
+
+@pytest.mark.parametrize("target", ["w/model.safetensors", "w/../w/config.json", "link"])
+def test_weights_are_not_written_over(target, tmp_path):
+    (tmp_path / "w").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "w" / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "w" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^--output .* would be written over the weights .*w; name another one"):
+        refuse_to_overwrite(tmp_path / "w", tmp_path / target, "--output")
+    refuse_to_overwrite(tmp_path / "w", tmp_path / "w" / "detector.zip", "--output")
+    refuse_to_overwrite("hf://owner/model", tmp_path / target, "--output")

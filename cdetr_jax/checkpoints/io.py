@@ -1,6 +1,9 @@
 """Save, restore and keep the last n and the best of the whole training state, through Orbax."""
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,18 +39,19 @@ class Checkpoints:
         )
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"{workdir} holds no checkpoints; `cdetr train --workdir={workdir}` makes them")
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=None if read_only else policy,
-                best_fn=_average_precision,
-                keep_checkpoints_without_metrics=True,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,
-            ),
-            # Without these a manager that has saved nothing yet cannot tell the shapes of what it holds.
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()},
-        )
+        with _without_warnings():
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=None if read_only else policy,
+                    best_fn=_average_precision,
+                    keep_checkpoints_without_metrics=True,
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,
+                ),
+                # Without these a manager that has saved nothing yet cannot tell the shapes of what it holds.
+                item_handlers={"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()},
+            )
 
     def save(self, step: int, state: Any, position: dict[str, int], metrics: dict[str, float] | None = None) -> None:
         """Starts saving; `metrics` with an "AP" take part in the choice of the best.
@@ -136,6 +140,21 @@ class Checkpoints:
             f"could not write a checkpoint to {self.directory}: {error}; the earlier ones are whole: free some space "
             "and run the same command again to go on",
         )
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Leaves out Orbax's warnings: it has three for every folder that is opened for reading only."""
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname or record.levelno > logging.WARNING
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_shown)
 
 
 def _as_numpy(leaf: np.ndarray) -> ocp.RestoreArgs:

@@ -13,7 +13,7 @@ import numpy as np
 from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.export import Detect, export_onnx, export_stablehlo, load_onnx, load_stablehlo, make_detect
-from cdetr_jax.files import is_remote
+from cdetr_jax.files import is_remote, refuse_to_overwrite
 from cdetr_jax.weights.load import Weights, load_weights
 
 FORMATS = {"stablehlo": (export_stablehlo, load_stablehlo), "onnx": (export_onnx, load_onnx)}
@@ -34,10 +34,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--top-k is {arguments.top_k}, expected at least 1")
     if is_remote(arguments.output):
         raise ValueError(f"--output is {arguments.output}, expected a local file, for it is loaded again and checked")
+    if os.path.isdir(arguments.output):
+        raise ValueError(f"--output is {arguments.output}, a folder; name the file to write, such as detector.zip")
+    refuse_to_overwrite(arguments.weights, arguments.output, "--output")
     set_up_logging()
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
-    # The largest of the shapes holds every picture that is resized as the detector was evaluated.
-    shape_hw = shape_hw or max(weights.preprocessing.shapes_hw, key=lambda hw: hw[0] * hw[1])
+    # It holds every picture that is resized as `cdetr predict` does.
+    shape_hw = shape_hw or weights.preprocessing.largest_hw
     settings = {"shape_hw": shape_hw, "batch": batch, "top_k": arguments.top_k or weights.top_k}
     export, load = FORMATS[arguments.to]
     export(weights, arguments.output, **settings)

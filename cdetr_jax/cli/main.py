@@ -75,7 +75,12 @@ def parser() -> argparse.ArgumentParser:
         "predict",
         "find the objects in pictures, draw them and write predictions.json",
         "DIR gets one drawing a picture, sheet.png with the first 16 of them, and predictions.json in COCO's results\n"
-        "format with each picture's file name and each object's class name.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
+        "format with each picture's file name and each object's class name. Drawings are called as their pictures,\n"
+        "with a number where two would meet, or where DIR holds another file of that name: neither a picture nor any\n"
+        "other file is written over, but the drawings and predictions.json of an earlier call are. A folder is\n"
+        "searched with the folders in it, but for DIR. Pictures may have any size; boxes are clipped to them.\n"
+        "image_id is the number of the picture, from 1. Pictures of --from-eval keep their ids in the evaluation set,\n"
+        "and the others are then numbered from above its largest id.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
         "  cdetr predict --weights=runs/demo street.jpg holiday/ --output=found\n"
         "  cdetr predict --weights=hf://microsoft/conditional-detr-resnet-50 street.jpg --output=found",
     )

@@ -104,6 +104,12 @@ def resized_hw(sizes_hw: np.ndarray, short_side_px: np.ndarray | int, long_side_
     return np.stack([np.where(tall, long, short), np.where(tall, short, long)], axis=-1)
 
 
+def fitted_hw(sizes_hw: np.ndarray, shapes_hw: np.ndarray) -> np.ndarray:
+    """Sizes [..., 2] scaled down to fit their shapes [..., 2]; those that fit stay as they are."""
+    factor = np.minimum(1, (shapes_hw / sizes_hw).min(-1, keepdims=True))
+    return np.maximum((sizes_hw * factor).astype(np.int32), 1)
+
+
 def smallest_shape(sizes_hw: np.ndarray, shapes: Shapes) -> np.ndarray:
     """Returns [n, 2] int, the padded shape with the smallest area that holds each of the sizes [n, 2].
 
@@ -224,7 +230,7 @@ def train_plan(
     dealt = deal(rows["size_hw"], ordered, first_that_holds(rows["size_hw"], ordered, sizes[rows["index"]]), part_size)
     mixed = dealt.left.reshape(-1, part_size)
     mixed_shapes = ordered[[_shows_most(rows["size_hw"][some], ordered) for some in mixed]]
-    rows["size_hw"][mixed] = _fitted(rows["size_hw"][mixed], mixed_shapes[:, None])
+    rows["size_hw"][mixed] = fitted_hw(rows["size_hw"][mixed], mixed_shapes[:, None])
     members = np.concatenate([dealt.members, mixed])[order]
     shapes_hw = np.concatenate([ordered[dealt.shape], mixed_shapes])[order]
     max_targets = None
@@ -306,7 +312,7 @@ def redraw_row(
     rng = np.random.default_rng(np.random.SeedSequence([seed, epoch], spawn_key=(index,)))
     row = _draw_rows(np.array([size_hw]), augmentation, rng)[0]
     row["index"] = index
-    row["size_hw"] = _fitted(row["size_hw"], np.asarray(shape_hw))
+    row["size_hw"] = fitted_hw(row["size_hw"], np.asarray(shape_hw))
     return row
 
 
@@ -317,12 +323,6 @@ def check_shapes(sizes_hw: np.ndarray, augmentation: Augmentation, shapes: Shape
     """
     largest, originals = _largest_draws(sizes_hw, augmentation)
     first_that_holds(largest, by_area(shapes), originals)
-
-
-def _fitted(sizes_hw: np.ndarray, shapes_hw: np.ndarray) -> np.ndarray:
-    """Sizes [..., 2] scaled down to fit their shapes [..., 2]; those that fit stay as they are."""
-    factor = np.minimum(1, (shapes_hw / sizes_hw).min(-1, keepdims=True))
-    return np.maximum((sizes_hw * factor).astype(np.int32), 1)
 
 
 def _shows_most(sizes_hw: np.ndarray, ordered: np.ndarray) -> int:

@@ -22,7 +22,8 @@ def postprocess(
     """Keeps the best `top_k` detections of each picture, best first. No suppression of overlaps.
 
     Source: reference `PostProcess`. Focal: the best of all query-and-class pairs, so one query may answer twice.
-    Softmax (DETR): each query's best class other than "no object". Differs there: sorted by score.
+    Softmax (DETR): each query's best class other than "no object". Differs there: sorted by score. As published, boxes
+    may reach over the side of the picture, and are evaluated so; `Detector` and exported files clip them.
     Args:
       predictions: of every layer; the last counts.
       original_sizes_hw: what the boxes are scaled to, in pixels.

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from absl import logging
 from flax import traverse_util
 
@@ -33,6 +34,12 @@ class Preprocessing:
     short_side_px: int
     long_side_max_px: int
     shapes_hw: tuple[tuple[int, int], ...]
+
+    @property
+    def largest_hw(self) -> tuple[int, int]:
+        """A padded shape that holds what any of the shapes does."""
+        height, width = np.max(self.shapes_hw, axis=0).tolist()
+        return height, width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +81,11 @@ def load_weights(source: str | os.PathLike, checkpoint: str = "best", dc5: bool 
       no such weights or they are damaged, of another architecture, or incomplete.
     """
     source = os.fspath(source)
+    if checkpoint not in ("best", "latest"):
+        raise ValueError(
+            f"checkpoint is {checkpoint!r}, expected 'best' or 'latest'; one of another step is named by its folder, "
+            "workdir/checkpoints/STEP"
+        )
     loaded = _load(source, checkpoint, dc5)
     if isinstance(loaded, Backbone):
         raise ValueError(

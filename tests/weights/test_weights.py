@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 import cdetr_jax
 from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.data.plan import evaluation_shapes
+from cdetr_jax.data.sources import BadPictureError
 from cdetr_jax.inference import Detector, Objects
 from cdetr_jax.models import resnet
 from cdetr_jax.models.detector import model_of, normalize, padding_mask, published_fields
@@ -686,9 +689,79 @@ def test_a_list_runs_in_batches_and_finds_what_each_picture_alone_does():
         # Another batch size may add up in another order.
         np.testing.assert_allclose(found.scores, alone.scores, rtol=1e-5)
         np.testing.assert_allclose(found.boxes_xyxy_px, alone.boxes_xyxy_px, rtol=1e-4, atol=1e-3)
-    with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0, expected a whole number, at least 1"):
         detector(pictures, batch_size=0)
     assert detector([]) == []
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return Detector(tame(made_up()))
+
+
+def test_what_means_one_picture_is_taken(detector, tmp_path):
+    expected = detector(picture(), threshold=0.0)
+    assert same_objects(detector(jnp.array(picture()), 0.0), expected)
+    assert same_objects(detector(Image.fromarray(picture()), 0.0), expected)
+    (found,) = detector((one for one in [picture()]), 0.0)
+    assert same_objects(found, expected)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the right side of what is stored is the bottom
+    path = tmp_path / "turned.png"
+    Image.fromarray(picture()).save(path, exif=exif)
+    with Image.open(path) as image:
+        from_memory = detector(image, 0.0)
+    assert from_memory.image.shape == (70, 50, 3)
+    for source in (path, str(path)):
+        assert same_objects(detector(source, 0.0), from_memory)
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (10, 4000), (4000, 10), (60, 2000), (100, 300), (1, 5000)])
+def test_a_picture_of_any_size(detector, size_hw):
+    found = detector(picture(0, *size_hw), threshold=0.0)
+    assert len(found) == 21
+    assert (found.boxes_xyxy_px >= 0).all()
+    assert (found.boxes_xyxy_px <= [*size_hw[::-1], *size_hw[::-1]]).all()
+    assert found.draw().width >= size_hw[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        (None, TypeError, "the picture is of type NoneType, expected a path, a PIL image or a uint8 array"),
+        (b"abc", TypeError, "the picture is of type bytes, expected"),
+        ([[[1, 2, 3]]], TypeError, "picture 0 is of type list, expected"),
+        ([picture(), 3], TypeError, "picture 1 is of type int, expected"),
+        (picture()[:0], ValueError, r"the picture is uint8 \[0, 70, 3\], expected"),
+        (picture()[..., 0], ValueError, r"the picture is uint8 \[50, 70\], expected"),
+        (picture().astype(object), ValueError, r"the picture is object \[50, 70, 3\], expected"),
+        (picture() / 255, ValueError, r"the picture is float64 \[50, 70, 3\], expected .* red, green, blue"),
+        (Image.new("F", (3, 2)), BadPictureError, "the picture: cannot read this picture .*floating-point"),
+        (".", BadPictureError, r"\.: cannot read this picture .*directory"),
+        ("none.png", BadPictureError, "none.png: cannot read this picture .no such file"),
+        (__file__, BadPictureError, "test_weights.py: cannot read this picture"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_picture(given, kind, message, detector):
+    with pytest.raises(kind, match=message):
+        detector(given)
+
+
+@pytest.mark.parametrize("threshold", [50, -0.1, float("nan"), "0.5", None])
+def test_a_threshold_is_a_score(threshold, detector):
+    with pytest.raises(ValueError, match=f"threshold is {threshold!r}, expected a score from 0 to 1"):
+        detector(picture(), threshold=threshold)
+
+
+def test_a_checkpoint_is_best_or_latest(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint is 'newest', expected 'best' or 'latest'"):
+        Detector.from_pretrained(tmp_path, checkpoint="newest")
+
+
+def test_boxes_end_at_the_sides(detector):
+    found = detector(picture(), threshold=0.0).boxes_xyxy_px
+    assert found.min() == 0
 
 
 def same_objects(found, expected):
@@ -725,6 +798,41 @@ def test_a_local_folder_is_not_looked_for_in_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch_files, "download", lambda name: pytest.fail(f"{name} was looked for"))
     assert Detector.from_pretrained("owner/model").classes == CLASSES
+
+
+def test_what_is_neither_here_nor_in_the_hub(tmp_path, monkeypatch):
+    def download(name):
+        raise OSError(f"{name} could not be downloaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch_files, "download", download)
+    message = "there is no file or folder runs/nope here, and as a model of the hub: hf://runs/nope could not be down"
+    with pytest.raises(OSError, match=message):
+        Detector.from_pretrained("runs/nope")
+
+
+def test_a_run_loads_without_warnings(tmp_path, caplog):
+    save_run(made_up(), tmp_path)
+    caplog.clear()  # saving warns
+    with caplog.at_level("WARNING", logger="absl"):
+        load_weights(tmp_path)
+    assert caplog.messages == []
+
+
+def test_the_lines_in_the_readme(folder, tmp_path, monkeypatch, capsys):
+    save_hub(tame(made_up()), folder, without_timm=True)
+    readme = Path(cdetr_jax.__file__).parents[1] / "README.md"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    (snippet,) = [block for block in blocks if "from cdetr_jax import Detector" in block]
+    monkeypatch.setattr(torch_files, "download", lambda name: folder)
+    monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=lambda **fields: fields))
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture()).save("street.jpg")
+    exec(snippet.replace("threshold=0.5", "threshold=0.0"), {})  # random weights are sure of nothing
+    expected = Detector(load_weights(folder))("street.jpg", threshold=0.0)
+    assert len(capsys.readouterr().out.splitlines()) == len(expected) > 0
+    with Image.open("street_found.png") as drawing:
+        assert drawing.format == "PNG"
 
 
 @pytest.mark.parametrize("source", ["none.pth", "a/b/c", "./none"])
@@ -778,6 +886,11 @@ FOUND = Objects(
 NOTHING = Objects(
     FOUND.image, np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), [], FOUND.class_names
 )
+
+
+def test_objects_are_one_line():
+    assert repr(FOUND) == "<Objects: 1 disc, 1 ring in a picture of 7 x 5 pixels>"
+    assert repr(NOTHING) == "<Objects: nothing in a picture of 7 x 5 pixels>"
 
 
 def test_without_supervision_it_says_what_to_install(monkeypatch):
