@@ -191,7 +191,8 @@ def run(argv: list[str] | None = None) -> None:
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError) as error:
-        print(f"cdetr {arguments.command}: error: {error}", file=sys.stderr)
+        message = "; ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"cdetr {arguments.command}: error: {message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
