@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 WEIGHTS_HELP = """\
@@ -177,6 +178,17 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+def keep_compiled_programs() -> None:
+    """Has JAX keep what it compiles from one command to the next; by its own variables, before it is imported.
+
+    Where they are set already, as JAX_ENABLE_COMPILATION_CACHE=false, they count.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "cdetr_jax", "compiled"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))  # bytes; the least recently used go first
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
 TAKES_CONFIG_FIELDS = ("train", "evaluate", "benchmark")
 
 
@@ -187,6 +199,7 @@ def run(argv: list[str] | None = None) -> None:
     unknown = [word for word in rest if word not in fields]
     if unknown or (fields and arguments.command not in TAKES_CONFIG_FIELDS):
         parser().error(f"unknown argument {(unknown or fields)[0]!r}; see `cdetr {arguments.command} --help`")
+    keep_compiled_programs()
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
