@@ -57,7 +57,7 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     data.eval_split = "validation"
     data.class_ids = "category_id"  # category_id: logit = COCO id (published) | contiguous: logit = rank of the id
     data.on_error = "raise"  # raise: stop at a damaged picture and name it | skip: replace it, count it
-    data.max_bad_fraction = 0.01  # with skip: stop when a process has met more damaged pictures since its start
+    data.max_bad_fraction = 0.01  # with skip: a process stops after more damaged pictures than this, but one may be
     data.workers = 0  # processes that read pictures; 0: threads of this one do, as fast where cores are few
     data.threads = 0  # of each process that reads; 0: one for each core, all processes together
     data.max_targets = 0  # T, objects an image can hold; 0: one of two sizes, by what each batch needs
