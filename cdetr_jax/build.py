@@ -2,24 +2,27 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
+import numpy as np
 from absl import logging
 
 from cdetr_jax.classes import ClassTable, class_table, label_of
+from cdetr_jax.data.buckets import bucket_of, by_area
 from cdetr_jax.data.joined import JoinedSource
 from cdetr_jax.data.pipeline import Batches, eval_batches, sizes_hw, train_batches
 from cdetr_jax.data.plan import (
     LAST_BATCH,
     Augmentation,
     EpochPlan,
-    Shapes,
-    bucket_table,
+    PlanSettings,
+    eval_plan,
+    may_be_scaled_down,
+    resized_hw,
     search_eval_shapes,
     search_shapes,
-    steps_per_epoch,
-    train_plan,
 )
-from cdetr_jax.data.reader import Reading
+from cdetr_jax.data.reader import ReadSettings
 from cdetr_jax.data.sources import CocoFolder, Source
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.tfds_source import TfdsSource
@@ -217,89 +220,94 @@ def make_step_functions(config: ml_collections.ConfigDict, num_classes: int, sch
     )
 
 
-def _reading(config: ml_collections.ConfigDict, max_targets: int, host: tuple[int, int]) -> Reading:
+def _read_settings(config: ml_collections.ConfigDict) -> ReadSettings:
     data = config.data
-    return Reading(
+    return ReadSettings(
         workers=data.workers,
         threads=data.threads,
-        max_targets=max_targets,
         on_error=data.on_error,
         max_bad_fraction=data.max_bad_fraction,
-        host_index=host[0],
-        host_count=host[1],
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
+
+
+def make_plan_settings(config: ml_collections.ConfigDict, source: Source) -> PlanSettings:
+    """What the training epochs' plans depend on; the padded shapes are the config's, or chosen from the sizes.
+
+    Logs how many pictures may be scaled down to fit them.
+    Raises: ValueError, if no picture has an object, or an epoch would have no step.
+    """
+    data = config.data
+    sizes, counts = sizes_hw(source), count_training_objects(source.records)
+    if not counts.any():
+        annotated = sum(len(record.boxes_xywh_px) for record in source.records)
+        raise ValueError(
+            f"none of the {len(source)} training pictures has an object to learn from: {annotated} boxes are annotated"
+            + ", and all are crowds or have no area inside their picture" * bool(annotated)
+            + f"; look at the annotations of {_origin(data, 'train')}"
+        )
+    augmentation = _augmentation(config)
+    settings = PlanSettings(
+        sizes_hw=sizes,
+        object_counts=counts,
+        augmentation=augmentation,
+        shapes=data.train_shapes or search_shapes(sizes, augmentation, data.num_train_shapes),
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        accumulation_steps=config.train.accumulation_steps,
+        last_batch=data.last_batch,
+        max_targets=data.max_targets,
+    )
+    _log_scaled_down(source, may_be_scaled_down(settings), "train_shapes")
+    return settings
 
 
 def make_train_batches(
     config: ml_collections.ConfigDict,
     source: Source,
     classes: ClassTable,
-    start: tuple[int, int],
-    host: tuple[int, int] = (0, 1),
+    plan_settings: PlanSettings,
+    start: tuple[int, int] = (0, 0),
 ) -> Batches:
-    """Augmented parts of batches from a position (epoch, part) on, for a host (index, count).
+    """Augmented micro-batches from a position (epoch, micro-batch) on; a step takes accumulation_steps of them."""
+    return train_batches(source, label_of(classes), plan_settings, _read_settings(config), start)
 
-    An optimiser step takes `config.train.accumulation_steps` of them. The first host logs the buckets.
-    """
+
+def make_eval_plan(config: ml_collections.ConfigDict, source: Source) -> EpochPlan:
+    """Every picture once, resized as published, in padded shapes as for training; the same for every evaluation."""
     data = config.data
-    shapes = train_shapes(config, source)
-    if host[0] == 0:
-        plan = make_plan(config, source, shapes, start[0])
-        logging.info("Buckets of epoch %d:\n%s", start[0] + 1, "\n".join(bucket_table(plan)))
-    return train_batches(
-        source,
-        label_of(classes),
-        _augmentation(config),
-        shapes,
-        _reading(config, data.max_targets, host),
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        accumulation_steps=config.train.accumulation_steps,
-        last_batch=data.last_batch,
-        start=start,
-    )
+    sizes, sides = sizes_hw(source), (data.eval_short_side_px, data.long_side_max_px)
+    if all(record.is_crowd.all() for record in source.records):
+        logging.warning(
+            "none of the %d pictures of %s has an object: their AP will be -1, which means that there is none",
+            len(source), _origin(data, "eval"),
+        )  # fmt: skip
+    shapes = data.eval_shapes or search_eval_shapes(sizes, *sides, data.num_eval_shapes)
+    _log_scaled_down(source, bucket_of(resized_hw(sizes, *sides), by_area(shapes)) < 0, "eval_shapes")
+    return eval_plan(sizes, count_training_objects(source.records), *sides, shapes, config.eval.batch_size)
 
 
-def make_plan(config: ml_collections.ConfigDict, source: Source, shapes: Shapes, epoch: int) -> EpochPlan:
-    """The plan of a training epoch, to look at; `make_train_batches` follows the same."""
-    return train_plan(
-        sizes_hw(source),
-        _augmentation(config),
-        shapes,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        epoch=epoch,
-        accumulation_steps=config.train.accumulation_steps,
-        last_batch=config.data.last_batch,
-        object_counts=None if config.data.max_targets else count_training_objects(source.records),
-    )
+def make_eval_batches(config: ml_collections.ConfigDict, source: Source, plan: EpochPlan) -> Batches:
+    """The pictures of `make_eval_plan`; their labels are the categories' ranks."""
+    labels = label_of(class_table(source.categories, "contiguous", 0))
+    return eval_batches(source, labels, plan, _read_settings(config))
 
 
-def train_shapes(config: ml_collections.ConfigDict, source: Source) -> Shapes:
-    """Padded shapes of training: the config's, or chosen from the sizes of the pictures."""
-    data = config.data
-    return data.train_shapes or search_shapes(sizes_hw(source), _augmentation(config), data.num_train_shapes)
+def _log_scaled_down(source: Source, is_scaled: np.ndarray, field: str) -> None:
+    if is_scaled.any():
+        first = source.records[int(is_scaled.argmax())]
+        logging.info(
+            "%d of %d pictures are scaled down where config.data.%s cannot hold them, such as %s, %d x %d pixels",
+            is_scaled.sum(), len(source), field, first.file_name, first.width, first.height,
+        )  # fmt: skip
 
 
-def count_steps(config: ml_collections.ConfigDict, source: Source) -> int:
-    """Steps of a training epoch. Raises: ValueError, if there would be none."""
-    return steps_per_epoch(len(source), config.train.batch_size, config.data.last_batch)
-
-
-def make_eval_batches(config: ml_collections.ConfigDict, source: Source, host: tuple[int, int] = (0, 1)) -> Batches:
-    """Every picture once, resized as published, for a host (index, count); its labels are the categories' ranks."""
-    data = config.data
-    sides = data.eval_short_side_px, data.long_side_max_px
-    shapes = data.eval_shapes or search_eval_shapes(sizes_hw(source), *sides, data.num_eval_shapes)
-    return eval_batches(
-        source,
-        label_of(class_table(source.categories, "contiguous", 0)),
-        shapes,
-        _reading(config, 0, host),
-        short_side_px=data.eval_short_side_px,
-        long_side_max_px=data.long_side_max_px,
-        batch_size=config.eval.batch_size,
-    )
+def _origin(data: ml_collections.ConfigDict, split: str) -> str:
+    """Where a split's annotations come from."""
+    if "coco_folder" in data.source and data[f"{split}_annotations"]:
+        return f"config.data.{split}_annotations, {data[f'{split}_annotations']}"
+    return f"config.data.tfds_name and {split}_split, {data.tfds_name} {data[f'{split}_split']}"
 
 
 def _augmentation(config: ml_collections.ConfigDict) -> Augmentation:

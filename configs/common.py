@@ -57,7 +57,7 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     data.eval_split = "validation"
     data.class_ids = "category_id"  # category_id: logit = COCO id (published) | contiguous: logit = rank of the id
     data.on_error = "raise"  # raise: stop at a damaged picture and name it | skip: replace it, count it
-    data.max_bad_fraction = 0.01  # with skip: stop when a host has met more damaged pictures since its start, of all
+    data.max_bad_fraction = 0.01  # with skip: a process stops after more damaged pictures than this, but one may be
     data.workers = 0  # processes that read pictures; 0: threads of this one do, as fast where cores are few
     data.threads = 0  # of each process that reads; 0: one for each core, all processes together
     data.max_targets = 0  # T, objects an image can hold; 0: one of two sizes, by what each batch needs
@@ -93,8 +93,8 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     optimizer.ema_decay = 0.0  # 0: no moving average of the weights; else it is what evaluation and prediction use
 
     config.train = train = ml_collections.ConfigDict()
-    train.batch_size = 16  # pictures per optimiser step, over all devices and hosts
-    train.accumulation_steps = 1  # the batch is cut into this many parts, one after the other, each of one shape
+    train.batch_size = 16  # pictures per optimiser step, over all devices and processes
+    train.accumulation_steps = 1  # micro-batches of a step, one after the other, each of one padded shape
     train.num_epochs = int(epochs)
     train.max_steps = config_dict.placeholder(int)  # stop earlier, for a trial
     train.log_every_steps = 50

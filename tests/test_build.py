@@ -1,6 +1,7 @@
 """From a config to objects: what is refused and how, class tables, every recipe's model, and the published values."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -11,8 +12,9 @@ import pytest
 
 from cdetr_jax import build
 from cdetr_jax.classes import class_table
+from cdetr_jax.data.plan import train_plan
 from cdetr_jax.data.synthetic import SyntheticShapes
-from configs import common, demo
+from configs import coco_folder_small, common, demo
 
 RECIPES = sorted(
     path.stem for path in pathlib.Path(common.__file__).parent.glob("*.py") if path.stem not in ("__init__", "common")
@@ -266,11 +268,41 @@ def test_the_plan_to_look_at_is_the_one_that_is_followed(caplog):
     config.train.update({"batch_size": 8, "accumulation_steps": 2})
     source = build.make_source(config, "train")
     classes = class_table(source.categories, "contiguous", 0)
-    plan = build.make_plan(config, source, build.train_shapes(config, source), 1)
-    with contextlib.closing(build.make_train_batches(config, source, classes, (1, 0))) as batches:
+    plan_settings = build.make_plan_settings(config, source)
+    plan = train_plan(plan_settings, 1)
+    with contextlib.closing(build.make_train_batches(config, source, classes, plan_settings, (1, 0))) as batches:
         assert len(plan) == batches.batches_per_epoch == 10
         for rows, max_targets, batch in zip(plan.rows, plan.max_targets, batches, strict=False):
             np.testing.assert_array_equal(batch.index, rows["index"])
             assert batch.targets.valid.shape[1] == max_targets
     assert "Buckets of epoch 2:\npadded shape" in caplog.text
     assert "4 targets in 100.0% of the batches" in caplog.text
+
+
+def test_pictures_that_are_scaled_down_are_counted_in_one_line(caplog):
+    caplog.set_level("INFO", logger="absl")
+    config = coco_folder_small.get_config()
+    source = SyntheticShapes(seed=0, size=9, height=300, width=100, max_objects=2)
+    build.make_plan_settings(config, source)
+    build.make_eval_plan(config, source)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    for line, field in zip(lines, ("train_shapes", "eval_shapes"), strict=True):
+        assert line.startswith(f"9 of 9 pictures are scaled down where config.data.{field} cannot hold them, such as ")
+        assert line.endswith("synthetic-0-0, 100 x 300 pixels")
+
+
+def test_pictures_without_an_object(caplog):
+    """Nothing can be learnt from them, and their AP is -1."""
+    caplog.set_level("WARNING", logger="absl")
+    config = coco_folder_small.get_config()
+    config.data.train_annotations, config.data.eval_annotations = "my/train.json", "my/val.json"
+    source = SyntheticShapes(seed=0, size=2, height=96, width=96, max_objects=1)
+    build.make_eval_plan(config, source)
+    assert not caplog.records
+    source.records = tuple(dataclasses.replace(record, is_crowd=~record.is_crowd) for record in source.records)
+    message = "none of the 2 training pictures has an object to learn from: 2 boxes .* crowds .* my/train.json"
+    with pytest.raises(ValueError, match=message):
+        build.make_plan_settings(config, source)
+    build.make_eval_plan(config, source)
+    assert "none of the 2 pictures of config.data.eval_annotations, my/val.json has an object" in caplog.text

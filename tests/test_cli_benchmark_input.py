@@ -10,8 +10,8 @@ from PIL import Image
 
 from cdetr_jax.cli import benchmark_input, main
 from cdetr_jax.data.pipeline import sizes_hw, train_batches
-from cdetr_jax.data.plan import Augmentation, train_plan
-from cdetr_jax.data.reader import Reading
+from cdetr_jax.data.plan import Augmentation, PlanSettings, train_plan
+from cdetr_jax.data.reader import ReadSettings
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.models.detector import MEAN_RGB, STD_RGB
 
@@ -21,6 +21,7 @@ SMALL = [
     "--batches=2",
 ]
 LABEL_OF = {category.id: k for k, category in enumerate(SyntheticShapes.categories)}
+READING = ReadSettings(workers=0, threads=1, on_error="raise", max_bad_fraction=0.0)
 
 
 def _coco_folder(folder):
@@ -80,8 +81,8 @@ def test_parts_of_a_step(capsys):
     assert "batches of 16\n" in capsys.readouterr().out
     main.run(["benchmark", "input", *SMALL, "--config.train.accumulation_steps=2"])
     out = capsys.readouterr().out
-    assert "parts of 8, 2 a step\n" in out
-    assert re.search("^plan of an epoch .* 4 parts$", out, re.MULTILINE)
+    assert "micro-batches of 8, 2 a step\n" in out
+    assert re.search("^plan of an epoch .* 4 micro-batches$", out, re.MULTILINE)
 
 
 def test_one_folder_and_several(tmp_path, capsys):
@@ -149,11 +150,9 @@ def _three_batches_an_epoch():
     """Source, batches of 2, and the plan of each epoch."""
     source = _Noting(SyntheticShapes(seed=0, size=7, height=32, width=32, max_objects=1))
     augmentation = Augmentation(short_sides_px=(32,), long_side_max_px=32, **AUGMENTATION)
-    settings = {"batch_size": 2, "seed": 0}
-    reading = Reading(0, 1, 0, "raise", 0.0)
-    plan_of = functools.partial(train_plan, sizes_hw(source), augmentation, [(32, 32)], **settings)
-    with contextlib.closing(train_batches(source, LABEL_OF, augmentation, [(32, 32)], reading, **settings)) as batches:
-        yield source, batches, lambda epoch: plan_of(epoch=epoch)
+    settings = PlanSettings(sizes_hw(source), np.ones(7), augmentation, [(32, 32)], batch_size=2, seed=0)
+    with contextlib.closing(train_batches(source, LABEL_OF, settings, READING)) as batches:
+        yield source, batches, functools.partial(train_plan, settings)
 
 
 def test_against_a_plain_loader(monkeypatch):
@@ -184,10 +183,9 @@ def test_a_plain_loader_does_the_same_work():
     source = SyntheticShapes(seed=0, size=2, height=44, width=36, max_objects=3)
     always = {"flip_probability": 1.0, "crop_probability": 1.0}
     augmentation = Augmentation(short_sides_px=(48,), long_side_max_px=64, **AUGMENTATION | always)
-    shapes = [(64, 64)]
-    plan = train_plan(sizes_hw(source), augmentation, shapes, batch_size=2, seed=1, epoch=0)
-    reading = Reading(0, 1, 0, "raise", 0.0)
-    with contextlib.closing(train_batches(source, LABEL_OF, augmentation, shapes, reading, batch_size=2, seed=1)) as b:
+    settings = PlanSettings(sizes_hw(source), np.array([3, 3]), augmentation, [(64, 64)], batch_size=2, seed=1)
+    plan = train_plan(settings, 0)
+    with contextlib.closing(train_batches(source, LABEL_OF, settings, READING)) as b:
         ours = next(b).images
     plain = benchmark_input._load_plainly(source, plan.rows[0], plan.shapes_hw[0], False)
     np.testing.assert_array_equal(plain, ours)

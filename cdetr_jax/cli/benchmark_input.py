@@ -20,7 +20,7 @@ from cdetr_jax import build
 from cdetr_jax.classes import class_table
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.data.pipeline import Batches
-from cdetr_jax.data.plan import EpochPlan, real_pixels, real_pixels_otherwise
+from cdetr_jax.data.plan import EpochPlan, real_pixels, real_pixels_otherwise, train_plan
 from cdetr_jax.data.reader import usable_cores
 from cdetr_jax.data.sources import BadPictureError, CocoFolder, Source, open_image
 from cdetr_jax.data.transforms import transform_picture
@@ -46,25 +46,27 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     build.check_config(config, jax.local_device_count())
     source = build.make_source(config, "train")
     classes = class_table(source.categories, config.data.class_ids, config.model.num_classes)
-    shapes = build.train_shapes(config, source)
-    plan_of = functools.cache(functools.partial(build.make_plan, config, source, shapes))
+    plan_settings = build.make_plan_settings(config, source)
+    plan_of = functools.cache(functools.partial(train_plan, plan_settings))
     start = time.perf_counter()
     plan = plan_of(0)
     plan_s = time.perf_counter() - start
 
-    with contextlib.closing(build.make_train_batches(config, source, classes, (0, 0))) as batches:
-        reading = batches.reading
-        parts, size = config.train.accumulation_steps, plan.rows.shape[1]
-        batched = f"batches of {size}" if parts == 1 else f"parts of {size}, {parts} a step"
+    with contextlib.closing(build.make_train_batches(config, source, classes, plan_settings)) as batches:
+        reading = batches.settings
+        steps, size = config.train.accumulation_steps, plan.rows.shape[1]
+        noun = "batch" if steps == 1 else "micro-batch"
+        batched = f"{noun}es of {size}" + f", {steps} a step" * (steps > 1)
         print(f"{arguments.config}: {len(source)} pictures of {config.data.source}, {batched}")
         how = [_count(reading.workers, "process", "es")] * bool(reading.workers)
         how += [_count(reading.threads_each, "thread", "s")]
         print(f"read by {' x '.join(how)} on {_count(usable_cores(), 'core', 's')}\n")
         first_s, flow = _time_flow(batches, arguments.batches, plan.shapes_hw.prod(-1).mean())
         plain = _time_plain(batches, source, plan_of, arguments.batches) if arguments.plain else {}
-    _print_line("plan of an epoch", plan_s, "s", f"{len(plan)} {'batches' if parts == 1 else 'parts'}")
-    _print_line(f"first {'batch' if parts == 1 else 'part'} after", first_s, "s")
-    _print_line("padded shapes", len(np.unique(plan.shapes_hw, axis=0)), "", f"of {len(shapes)}, in this epoch")
+    _print_line("plan of an epoch", plan_s, "s", f"{len(plan)} {noun}es")
+    _print_line(f"first {noun} after", first_s, "s")
+    used = len(np.unique(plan.shapes_hw, axis=0))
+    _print_line("padded shapes", used, "", f"of {len(plan_settings.shapes)}, in this epoch")
     _print_line("real pixels", 100 * real_pixels(plan), "%", _other_paddings(plan, config.data.long_side_max_px))
     _print_line("input", flow.pictures / flow.wall_s, "images/s", f"{flow.pictures} pictures in {flow.wall_s:.1f} s")
     per_core = flow.pictures / flow.cpu_s
@@ -128,9 +130,9 @@ def _time_flow(batches: Batches, count: int, area_px: float = 0.0) -> tuple[floa
     start = time.perf_counter()
     next(batches)
     first_s = time.perf_counter() - start
-    batches.wait()  # what is read ahead of the first timed batch must not count, what is read ahead of the last must
+    batches.wait()  # what is prefetched before the first timed batch must not count, what is before the last must
     epoch, batch = batches.position
-    first = epoch * batches.batches_per_epoch + batch + batches.read_ahead
+    first = epoch * batches.batches_per_epoch + batch + batches.prefetched
     start, cpu = time.perf_counter(), batches.cpu_s()
     pictures, nearest = 0, None
     for batch in itertools.islice(batches, count):
@@ -157,7 +159,7 @@ class _Plain(NamedTuple):
 def _time_plain(batches: Batches, source: Source, plan_of: _Plans, count: int) -> dict[str, _Plain]:
     """Ours and two plain loaders in turns, each time on the same batches, so that all meet the same machine."""
     normalised = {"as uint8, as ours": False, "as normalised float32": True}
-    skip = batches.reading.on_error == "skip"
+    skip = batches.settings.on_error == "skip"
     speeds: dict[str, list[tuple[float, float]]] = {"ours": [], **{name: [] for name in normalised}}
     for _ in range(_TURNS):
         flow = _time_flow(batches, -(-count // _TURNS))[1]
@@ -245,11 +247,11 @@ def _time_step(config: ml_collections.ConfigDict, num_classes: int, batch: Batch
     functions = build.make_step_functions(config, num_classes, build.make_schedules(config, 1000))
     trainer = Trainer(functions)
     state = trainer.replicate(functions.init(new_rng(0), batch.images.shape[1:3]))
-    parts = [batch] * config.train.accumulation_steps
+    micro_batches = [batch] * config.train.accumulation_steps
     seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        state, losses, _ = trainer.step(state, parts)
-        jax.block_until_ready((state, losses))
+        state, metrics = trainer.step(state, micro_batches)
+        jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])

@@ -1,6 +1,6 @@
-"""Padded shapes: which picture goes into which, how batches are dealt out to them, and which few waste the least.
+"""Buckets: padded shapes, which picture goes into which, batches of one shape each, and which few waste the least.
 
-Knows sizes only. Everything is exact integer work and the same on every host.
+Knows sizes only. Everything is exact integer work and the same in every process.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ MULTIPLE_PX = 32  # padded sides are multiples of the backbone's stride
 
 # The search's random kicks out of a local optimum: with 12 and 24 shapes for COCO it finds nothing more after 20.
 _KICKS = 40
-_NOT_HELD = 1e9  # price of a size that no shape holds, above any saving
+_NOT_HELD = 1e9  # cost of a size that no shape holds, above any saving
 
 
 def by_area(shapes: Shapes) -> np.ndarray:
@@ -28,41 +28,49 @@ def by_area(shapes: Shapes) -> np.ndarray:
     return table[np.argsort(table.prod(-1), kind="stable")]
 
 
-def first_that_holds(sizes_hw: np.ndarray, ordered: np.ndarray, originals_hw: np.ndarray) -> np.ndarray:
-    """Position [n] of the first shape that holds each size [n, 2].
+def bucket_of(sizes_hw: np.ndarray, buckets: np.ndarray) -> np.ndarray:
+    """Position [n] of the first bucket [k, 2], of `by_area`, that holds each size [n, 2]; -1 where none does."""
+    holds = _holds(buckets, sizes_hw)
+    return np.where(holds.any(0), holds.argmax(0), -1)
 
-    Args:
-      ordered: [k, 2], of `by_area`.
-      originals_hw: [n, 2], of the pictures before any resize, for the error message.
-    Raises: ValueError, if a size fits none of the shapes.
+
+def fit_to_shapes(sizes_hw: np.ndarray, shapes: Shapes) -> np.ndarray:
+    """Sizes [n, 2], those that no shape holds scaled down to the shape that shows most of them.
+
+    Returns: [n, 2] int64; what fits one of the shapes is unchanged.
     """
-    holds = _holds(ordered, sizes_hw)
-    unfit = np.flatnonzero(~holds.any(0))
-    if unfit.size:
-        original, size = originals_hw[unfit[0]], sizes_hw[unfit[0]]
-        raise ValueError(
-            f"a picture of {original[0]} x {original[1]} pixels (height x width) becomes {size[0]} x {size[1]}, which "
-            f"fits none of the padded shapes {ordered.tolist()}; add a larger one to config.data.train_shapes or "
-            "config.data.eval_shapes, or choose smaller sides"
-        )
-    return holds.argmax(0)
+    sizes, buckets = np.asarray(sizes_hw, np.int64).reshape(-1, 2), by_area(shapes)
+    unfit = bucket_of(sizes, buckets) < 0
+    largest = (buckets / sizes[unfit, None]).min(-1).argmax(-1)
+    sizes = sizes.copy()
+    sizes[unfit] = fitted_hw(sizes[unfit], buckets[largest])
+    return sizes
 
 
-class Dealt(NamedTuple):
-    """Pictures in batches of one shape each.
+def fitted_hw(sizes_hw: np.ndarray, shapes_hw: np.ndarray) -> np.ndarray:
+    """Sizes [..., 2] scaled down to fit their shapes [..., 2]; those that fit stay as they are."""
+    sizes, shapes = np.asarray(sizes_hw, np.int64), np.asarray(shapes_hw)
+    by_side = sizes[..., None, :] * shapes[..., :, None] // sizes[..., :, None]  # so that height, or width, just fits
+    return np.minimum(sizes, by_side.min(-2)).clip(min=1)
+
+
+class BucketedBatches(NamedTuple):
+    """Pictures in batches of one padded shape each.
 
     Attributes:
       members: [batches, B] int, positions of the pictures.
-      shape: [batches] int, positions of the shapes.
-      left: [m] int, the pictures that could not be brought together in a batch of any shape.
+      bucket: [batches] int, positions of the shapes.
+      remainder: [m] int, the pictures that could not be brought together in a batch of any shape.
     """
 
     members: np.ndarray
-    shape: np.ndarray
-    left: np.ndarray
+    bucket: np.ndarray
+    remainder: np.ndarray
 
 
-def deal(sizes_hw: np.ndarray, ordered: np.ndarray, first: np.ndarray, batch_size: int) -> Dealt:
+def batch_by_bucket(
+    sizes_hw: np.ndarray, buckets: np.ndarray, smallest: np.ndarray, batch_size: int
+) -> BucketedBatches:
     """Puts pictures into full batches of the smallest shapes that hold them, the largest shapes first.
 
     What does not fill a batch of its shape is joined by pictures that a smaller shape would have held, those that lose
@@ -70,34 +78,34 @@ def deal(sizes_hw: np.ndarray, ordered: np.ndarray, first: np.ndarray, batch_siz
     shape. Where too few pictures are small enough to join, the batch takes a larger shape that more of them fit.
     Args:
       sizes_hw: [n, 2]; pictures that are equally good are taken in this order.
-      ordered: [k, 2], of `by_area`.
-      first: [n], of `first_that_holds`; -1: a filler of no size, good for any batch, and it need not be dealt out.
+      buckets: [k, 2], of `by_area`.
+      smallest: [n], of `bucket_of`; -1: padding of no size, good for any batch, which need not be used up.
     """
-    holds = _holds(ordered, sizes_hw)
-    waits = np.ones(len(sizes_hw), bool)
-    members, shape = [np.empty((0, batch_size), np.int64)], [np.empty(0, np.int64)]
-    left = [np.empty(0, np.int64)]
-    for own in reversed(range(len(ordered))):
-        mine = np.flatnonzero(waits & (first == own))
+    holds = _holds(buckets, sizes_hw)
+    unused = np.ones(len(sizes_hw), bool)
+    members, bucket = [np.empty((0, batch_size), np.int64)], [np.empty(0, np.int64)]
+    remainder = [np.empty(0, np.int64)]
+    for own in reversed(range(len(buckets))):
+        mine = np.flatnonzero(unused & (smallest == own))
         full = len(mine) // batch_size
         members.append(mine[: full * batch_size].reshape(full, batch_size))
-        shape.append(np.full(full, own))
-        waits[mine] = False
+        bucket.append(np.full(full, own))
+        unused[mine] = False
         rest = mine[full * batch_size :]
         if not rest.size:
             continue
         missing = batch_size - len(rest)
-        for larger in range(own, len(ordered)):
-            joining = np.flatnonzero(waits & holds[larger]) if holds[larger, rest].all() else rest[:0]
+        for larger in range(own, len(buckets)):
+            joining = np.flatnonzero(unused & holds[larger]) if holds[larger, rest].all() else rest[:0]
             if len(joining) >= missing:
-                joining = joining[np.argsort(-first[joining], kind="stable")[:missing]]
+                joining = joining[np.argsort(-smallest[joining], kind="stable")[:missing]]
                 members.append(np.concatenate([rest, joining])[None])
-                shape.append(np.array([larger]))
-                waits[joining] = False
+                bucket.append(np.array([larger]))
+                unused[joining] = False
                 break
         else:
-            left.append(rest)
-    return Dealt(np.concatenate(members), np.concatenate(shape), np.concatenate(left))
+            remainder.append(rest)
+    return BucketedBatches(np.concatenate(members), np.concatenate(bucket), np.concatenate(remainder))
 
 
 def best_shapes(sizes_hw: np.ndarray, count: int, also_hold_hw: np.ndarray | None = None) -> Shapes:
@@ -126,13 +134,13 @@ def best_shapes(sizes_hw: np.ndarray, count: int, also_hold_hw: np.ndarray | Non
 
     areas = candidates.prod(-1).astype(np.float64)  # whole numbers below 2^53: exact in any order of summation
     held_weights = holds * weights
-    prices = np.where(holds, areas[:, None], _NOT_HELD)
+    costs = np.where(holds, areas[:, None], _NOT_HELD)
 
     def best_addition(chosen: list[int]) -> tuple[int, float]:
-        price = prices[chosen].min(0, initial=_NOT_HELD)
-        saved = np.einsum("ij,ij->i", np.maximum(price - areas[:, None], 0), held_weights)
+        cost = costs[chosen].min(0, initial=_NOT_HELD)
+        saved = np.einsum("ij,ij->i", np.maximum(cost - areas[:, None], 0), held_weights)
         best = int(saved.argmax())
-        return best, float(price @ weights - saved[best])
+        return best, float(cost @ weights - saved[best])
 
     def descend(chosen: list[int]) -> tuple[list[int], float]:
         while len(chosen) < min(count, len(candidates)):
@@ -154,7 +162,7 @@ def best_shapes(sizes_hw: np.ndarray, count: int, also_hold_hw: np.ndarray | Non
         kicked, kicked_total = descend([*kept, int(rng.integers(len(candidates)))])
         if kicked_total < total:
             chosen, total = kicked, kicked_total
-    used = np.unique(prices[chosen].argmin(0))
+    used = np.unique(costs[chosen].argmin(0))
     return tuple((h, w) for h, w in by_area(candidates[np.array(chosen)[used]] * MULTIPLE_PX).tolist())
 
 

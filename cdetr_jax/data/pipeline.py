@@ -1,4 +1,4 @@
-"""Executes plans: reads, augments and pads pictures into host batches, ahead of the consumer and in order.
+"""Executes plans: reads, augments and pads pictures into this process's batches, ahead of the consumer and in order.
 
 Threads do it, themselves or through worker processes. Calls no jax function; the batches hold NumPy arrays. All the
 state there is between two batches is their position (epoch, batch), and any number of threads or processes gives the
@@ -6,32 +6,20 @@ same bytes.
 """
 
 import collections
-import functools
 import itertools
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
-from cdetr_jax.data.plan import (
-    Augmentation,
-    EpochPlan,
-    Shapes,
-    check_shapes,
-    eval_plan,
-    redraw_row,
-    steps_per_epoch,
-    train_plan,
-)
-from cdetr_jax.data.reader import Job, Reader, Reading, empty_batch
+from cdetr_jax.data.plan import EpochPlan, PlanSettings, Shapes, bucket_table, train_plan
+from cdetr_jax.data.reader import Job, Reader, ReadSettings, empty_batch
 from cdetr_jax.data.sources import BadPictureError, Source
-from cdetr_jax.data.transforms import count_training_objects
 from cdetr_jax.data.workers import Workers
 from cdetr_jax.structs import Batch
 
@@ -39,97 +27,68 @@ from cdetr_jax.structs import Batch
 def train_batches(
     source: Source,
     label_of: Mapping[int, int],
-    augmentation: Augmentation,
-    shapes: Shapes,
-    reading: Reading,
-    *,
-    batch_size: int,
-    seed: int,
-    accumulation_steps: int = 1,
-    last_batch: str = "drop",
+    plan_settings: PlanSettings,
+    read_settings: ReadSettings,
     start: tuple[int, int] = (0, 0),
 ) -> "Batches":
-    """Endless augmented batches, epoch after epoch, from a position on.
+    """Endless augmented batches, epoch after epoch, from a position on; the first process logs the first one's buckets.
 
     With on_error "skip", the row of a damaged picture goes to the nearest following readable one that has no more
     objects than the batch has room for, drawn anew.
     Args:
       label_of: logit index of each category id that occurs.
-      shapes: padded heights and widths.
-      batch_size: pictures of an optimiser step.
-      accumulation_steps: a batch is one of so many parts of a step; a host gets batch_size / accumulation_steps /
-        host_count pictures. See `train_plan`.
-      last_batch: see `plan.steps_per_epoch`.
+      plan_settings: made of this source's pictures. A batch is one of the accumulation_steps micro-batches of a step;
+        a process gets micro_batch_size / process_count pictures of each.
       start: (epoch, batch) of the first batch, as `Batches.position` gave it.
     Raises: ValueError, if the settings do not fit each other or the source.
     """
-    batches = steps_per_epoch(len(source), batch_size, last_batch) * accumulation_steps
-    epoch, batch = start
-    if epoch < 0 or not 0 <= batch < batches:
-        raise ValueError(f"start is {start}, expected (epoch, batch) with a batch from 0 to {batches - 1}")
-    sizes = sizes_hw(source)
-    _call_for(source, lambda some: check_shapes(some, augmentation, shapes))
-    counts = count_training_objects(source.records)
-    plan = functools.partial(
-        train_plan,
-        sizes,
-        augmentation,
-        shapes,
-        batch_size=batch_size,
-        seed=seed,
-        accumulation_steps=accumulation_steps,
-        last_batch=last_batch,
-        object_counts=None if reading.max_targets else counts,
-    )
+    counts = plan_settings.object_counts
+    fullest = int(np.argmax(counts))
+    if 0 < plan_settings.max_targets < counts[fullest]:
+        raise ValueError(
+            f"{source.records[fullest].file_name} has {counts[fullest]} objects but config.data.max_targets is "
+            f"{plan_settings.max_targets}; set it to at least {counts[fullest]}, or to 0 to let the data decide"
+        )
+    batches_per_epoch = plan_settings.steps_per_epoch * plan_settings.accumulation_steps
+    first_epoch, first_batch = start
+    if first_epoch < 0 or not 0 <= first_batch < batches_per_epoch:
+        raise ValueError(f"start is {start}, expected (epoch, batch) with a batch from 0 to {batches_per_epoch - 1}")
+    first_plan = train_plan(plan_settings, first_epoch)
+    if read_settings.process_index == 0:
+        logging.info("Buckets of epoch %d:\n%s", first_epoch + 1, "\n".join(bucket_table(first_plan)))
 
     def jobs() -> Iterator[Job]:
-        first_batch = batch
+        plan, begin = first_plan, first_batch
         with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
-            coming = planner.submit(plan, epoch=epoch)
-            for current in itertools.count(epoch):
-                now, coming = coming.result(), planner.submit(plan, epoch=current + 1)
-                yield from _jobs(now, current, first_batch, reading)
-                first_batch = 0
+            for epoch in itertools.count(first_epoch):
+                coming = planner.submit(train_plan, plan_settings, epoch + 1)
+                yield from _jobs(plan, epoch, begin, read_settings)
+                plan, begin = coming.result(), 0
 
-    def redraw(current: int, index: int, shape_hw: Sequence[int]) -> np.ndarray:
-        size_hw = tuple(sizes[index])
-        return redraw_row(size_hw, augmentation, shape_hw, seed=seed, epoch=current, index=index)
-
-    reader = Reader(source, label_of, reading, counts, redraw)
-    return Batches(reader, jobs(), reading, batch_size // accumulation_steps, batches, shapes, start)
+    reader = Reader(source, label_of, read_settings, plan_settings)
+    return Batches(reader, jobs(), read_settings, first_plan, plan_settings.shapes, start)
 
 
 def eval_batches(
-    source: Source,
-    label_of: Mapping[int, int],
-    shapes: Shapes,
-    reading: Reading,
-    *,
-    short_side_px: int,
-    long_side_max_px: int,
-    batch_size: int,
+    source: Source, label_of: Mapping[int, int], plan: EpochPlan, read_settings: ReadSettings
 ) -> "Batches":
-    """One pass over every picture, each once, without randomness; see `eval_plan`.
+    """One pass over the pictures of an `eval_plan`.
 
     Rows that hold no picture have index -1 and full-size black images (so that no mask is empty). With on_error "skip",
     the row of a damaged picture becomes such a row.
     Args: see `train_batches`.
     Raises: ValueError, if the settings do not fit each other or the source.
     """
-    plan = _call_for(
-        source, lambda some: eval_plan(some, short_side_px, long_side_max_px, shapes, batch_size=batch_size)
-    )
-    reader = Reader(source, label_of, reading, count_training_objects(source.records), None)
-    return Batches(reader, _jobs(plan, 0, 0, reading), reading, batch_size, len(plan), shapes, (0, 0))
+    reader = Reader(source, label_of, read_settings, None)
+    return Batches(reader, _jobs(plan, 0, 0, read_settings), read_settings, plan, plan.shapes_hw, (0, 0))
 
 
 class Batches:
-    """An iterator of host batches. Close it when done before its end: it owns threads and processes.
+    """An iterator of this process's batches. Close it when done before its end: it owns threads and processes.
 
     Attributes:
-      reading: the settings.
+      settings: how pictures are read.
       batches_per_epoch: the same for every epoch.
-      max_targets: the largest T of a batch.
       position: (epoch, batch) of the batch that comes next.
       bad_files: names of the damaged pictures that were met so far, in the batches that came out.
     """
@@ -138,39 +97,39 @@ class Batches:
         self,
         reader: Reader,
         jobs: Iterator[Job],
-        reading: Reading,
-        batch_size: int,
-        batches_per_epoch: int,
+        settings: ReadSettings,
+        plan: EpochPlan,
         shapes: Shapes,
         start: tuple[int, int],
     ):
-        if batch_size % reading.host_count:
+        """`plan`: of an epoch; the others are of the same size."""
+        batch_size = plan.rows.shape[1]
+        if batch_size % settings.process_count:
             raise ValueError(
-                f"batch size {batch_size} is not divisible by {reading.host_count} hosts; use a multiple of "
-                f"{reading.host_count}"
+                f"batch size {batch_size} is not divisible by {settings.process_count} processes; use a multiple of "
+                f"{settings.process_count}"
             )
-        self.reading = reading
-        self.batches_per_epoch = batches_per_epoch
-        self.max_targets = reader.max_targets
+        self.settings = settings
+        self.batches_per_epoch = len(plan)
         self.position = tuple(start)
         self.bad_files: set[str] = set()
         self._reader = reader
         self._jobs = jobs
-        rows = batch_size // reading.host_count
-        self._ahead = 1 + max(1, math.ceil(reading.at_once / rows))  # keeps every thread busy across batches
+        rows = batch_size // settings.process_count
+        self._prefetch = 1 + max(1, math.ceil(settings.at_once / rows))  # keeps every thread busy across batches
         self._workers = None
-        if reading.workers:
+        if settings.workers:
             max_pixels = int(np.prod(shapes, axis=-1).max())
-            self._workers = Workers(reader.source, reading.workers, reading.threads_each, max_pixels)
+            self._workers = Workers(reader.source, settings.workers, settings.threads_each, max_pixels)
             reader.write_picture = self._workers.write_picture
-        self._threads = ThreadPoolExecutor(reading.at_once, thread_name_prefix="picture")
+        self._threads = ThreadPoolExecutor(settings.at_once, thread_name_prefix="picture")
         self._pending: collections.deque[tuple[Batch, list[Future]]] = collections.deque()
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        """Returns the next host batch; see `structs.Batch`. After an error or the end, nothing more comes.
+        """Returns the next batch; see `structs.Batch`. After an error or the end, nothing more comes.
 
         Raises: BadPictureError, for a damaged picture, or with on_error "skip" for too many; WorkerDiedError;
           ValueError or RuntimeError, naming the picture, for whatever else went wrong with it.
@@ -178,7 +137,7 @@ class Batches:
         try:
             for job in self._jobs:
                 self._submit(job)
-                if len(self._pending) > self._ahead:
+                if len(self._pending) > self._prefetch:
                     break
             if not self._pending:
                 raise StopIteration
@@ -193,12 +152,12 @@ class Batches:
         return batch
 
     @property
-    def read_ahead(self) -> int:
+    def prefetched(self) -> int:
         """Number of batches that were asked for and have not come out yet."""
         return len(self._pending)
 
     def wait(self) -> None:
-        """Waits until all that was asked for ahead has been read."""
+        """Waits until all batches that were asked for have been read."""
         futures.wait([future for _, waiting in self._pending for future in waiting])
 
     def cpu_s(self) -> float:
@@ -206,7 +165,7 @@ class Batches:
         return time.process_time() + (self._workers.cpu_s() if self._workers else 0.0)
 
     def close(self) -> None:
-        """Ends threads and processes, once each has finished its picture, and gives up what was read ahead."""
+        """Ends threads and processes, once each has finished its picture, and gives up what was prefetched."""
         self._jobs.close()
         self._pending.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -215,7 +174,7 @@ class Batches:
         self._threads.shutdown(wait=True)
 
     def _submit(self, job: Job) -> None:
-        batch = empty_batch(len(job.rows), job.shape_hw, job.max_targets or self.max_targets)
+        batch = empty_batch(len(job.rows), job.shape_hw, job.max_targets)
         rows = [self._threads.submit(self._reader.fill, batch, slot, job) for slot in range(len(job.rows))]
         self._pending.append((batch, rows))
 
@@ -227,17 +186,16 @@ class Batches:
                 self.bad_files.add(name)
         if len(self.bad_files) > self._reader.max_bad:
             raise BadPictureError(
-                f"{len(self.bad_files)} of {len(self._reader.source)} pictures are damaged, more than "
-                f"config.data.max_bad_fraction allows ({self._reader.max_bad:g}), among them "
-                f"{', '.join(sorted(self.bad_files)[:5])}; repair the data or raise that fraction"
+                f"{len(self.bad_files)} of {len(self._reader.source)} pictures are damaged, more than the "
+                f"{self._reader.max_bad} that config.data.max_bad_fraction = {self.settings.max_bad_fraction:g} "
+                f"allows, among them {', '.join(sorted(self.bad_files)[:5])}; repair the data or raise that fraction"
             )
 
 
-def _jobs(plan: EpochPlan, epoch: int, first_batch: int, reading: Reading) -> Iterator[Job]:
+def _jobs(plan: EpochPlan, epoch: int, first_batch: int, settings: ReadSettings) -> Iterator[Job]:
     for batch in range(first_batch, len(plan)):
-        rows = plan.rows_for(batch, reading.host_index, reading.host_count)
-        max_targets = 0 if plan.max_targets is None else int(plan.max_targets[batch])
-        yield Job(epoch, tuple(plan.shapes_hw[batch].tolist()), max_targets, rows)
+        rows = plan.rows_for(batch, settings.process_index, settings.process_count)
+        yield Job(epoch, tuple(plan.shapes_hw[batch].tolist()), int(plan.max_targets[batch]), rows)
 
 
 def sizes_hw(source: Source) -> np.ndarray:
@@ -251,17 +209,3 @@ def sizes_hw(source: Source) -> np.ndarray:
             f"than any picture that is read (PIL.Image.MAX_IMAGE_PIXELS, {Image.MAX_IMAGE_PIXELS}); correct it"
         )
     return np.array([(record.height, record.width) for record in source.records], np.int64)
-
-
-def _call_for(source: Source, function: Callable[[np.ndarray], Any]) -> Any:
-    """A function of the pictures' sizes. Where it fails because of one of them, the error names that picture."""
-    sizes = sizes_hw(source)
-    try:
-        return function(sizes)
-    except ValueError:
-        for i in np.sort(np.unique(sizes, axis=0, return_index=True)[1]).tolist():
-            try:
-                function(sizes[i : i + 1])
-            except ValueError as error:
-                raise ValueError(f"{source.records[i].file_name}: {error}") from None
-        raise

@@ -1,6 +1,6 @@
 """An epoch as tables: every augmentation draw, output size, padded shape and global batch, from a seed and sizes alone.
 
-No picture is opened here, so every host computes the same plan, and a run resumes at any batch bit for bit.
+No picture is opened here, so every process computes the same plan, and a run resumes at any batch bit for bit.
 """
 
 import dataclasses
@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cdetr_jax.data.buckets import Shapes, best_shapes, by_area, deal, first_that_holds
+from cdetr_jax.data.buckets import (
+    Shapes,
+    batch_by_bucket,
+    best_shapes,
+    bucket_of,
+    by_area,
+    fit_to_shapes,
+    fitted_hw,
+)
 
 # What is to be done to one picture, in this order: flip; if crop: resize to first_hw, cut window; resize to size_hw.
 ROW = np.dtype(
@@ -60,27 +68,72 @@ class Augmentation:
             raise ValueError(f"crop_sides_px is {self.crop_sides_px}, expected (from, to) with 1 <= from <= to")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlanSettings:
+    """What the plan of every training epoch depends on.
+
+    Attributes:
+      sizes_hw: [n, 2] int, height and width of every picture of the source.
+      object_counts: [n] int, objects of every picture that training uses.
+      augmentation: what is drawn for a picture.
+      shapes: padded heights and widths.
+      batch_size: pictures of an optimiser step, a multiple of accumulation_steps.
+      seed: of all draws.
+      accumulation_steps: micro-batches of a step.
+      last_batch: see `steps_per_epoch`.
+      max_targets: T; 0: one of `target_sizes`, by what each micro-batch needs.
+    """
+
+    sizes_hw: np.ndarray
+    object_counts: np.ndarray
+    augmentation: Augmentation
+    shapes: Shapes
+    batch_size: int
+    seed: int
+    accumulation_steps: int = 1
+    last_batch: str = "drop"
+    max_targets: int = 0
+
+    def __post_init__(self):
+        """Raises: ValueError, if the micro-batches are not equal, or there would be no batch."""
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"a batch of {self.batch_size} pictures cannot be cut in {self.accumulation_steps} equal micro-batches"
+            )
+        by_area(self.shapes)
+        steps_per_epoch(len(self.sizes_hw), self.batch_size, self.last_batch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of optimiser steps of an epoch."""
+        return steps_per_epoch(len(self.sizes_hw), self.batch_size, self.last_batch)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Pictures of a micro-batch."""
+        return self.batch_size // self.accumulation_steps
+
+
 @dataclasses.dataclass(frozen=True)
 class EpochPlan:
-    """One pass over the data in global batches of one padded shape each; in training, parts of a step's batch.
+    """One pass over the data in global batches of one padded shape each; in training, micro-batches of the steps.
 
     Attributes:
       rows: [batches, B] of ROW.
       shapes_hw: [batches, 2] int, padded height and width in pixels.
-      max_targets: [batches] int, T: no row of the batch has more objects, before any is cropped away; None: not
-        planned.
+      max_targets: [batches] int, T: no row of the batch has more objects, before any is cropped away.
     """
 
     rows: np.ndarray
     shapes_hw: np.ndarray
-    max_targets: np.ndarray | None = None
+    max_targets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def rows_for(self, batch: int, host_index: int = 0, host_count: int = 1) -> np.ndarray:
-        """Returns a host's contiguous part of a global batch, [B / host_count] of ROW."""
-        return np.split(self.rows[batch], host_count)[host_index]
+    def rows_for(self, batch: int, process_index: int = 0, process_count: int = 1) -> np.ndarray:
+        """Returns a process's contiguous share of a global batch, [B / process_count] of ROW."""
+        return np.split(self.rows[batch], process_count)[process_index]
 
 
 def resized_hw(sizes_hw: np.ndarray, short_side_px: np.ndarray | int, long_side_max_px: int | None) -> np.ndarray:
@@ -104,19 +157,16 @@ def resized_hw(sizes_hw: np.ndarray, short_side_px: np.ndarray | int, long_side_
     return np.stack([np.where(tall, long, short), np.where(tall, short, long)], axis=-1)
 
 
-def fitted_hw(sizes_hw: np.ndarray, shapes_hw: np.ndarray) -> np.ndarray:
-    """Sizes [..., 2] scaled down to fit their shapes [..., 2]; those that fit stay as they are."""
-    factor = np.minimum(1, (shapes_hw / sizes_hw).min(-1, keepdims=True))
-    return np.maximum((sizes_hw * factor).astype(np.int32), 1)
-
-
 def smallest_shape(sizes_hw: np.ndarray, shapes: Shapes) -> np.ndarray:
     """Returns [n, 2] int, the padded shape with the smallest area that holds each of the sizes [n, 2].
 
-    Raises: ValueError, if a size fits none of the shapes.
+    Raises: ValueError, if a size fits none of the shapes; see `fit_to_shapes`.
     """
-    ordered = by_area(shapes)
-    return ordered[first_that_holds(sizes_hw, ordered, sizes_hw)]
+    buckets = by_area(shapes)
+    found = bucket_of(sizes_hw, buckets)
+    if (found < 0).any():
+        raise ValueError(f"{sizes_hw[found.argmin()].tolist()} fits none of the padded shapes {buckets.tolist()}")
+    return buckets[found]
 
 
 def evaluation_shapes(short_side_px: int, long_side_max_px: int) -> Shapes:
@@ -140,9 +190,11 @@ def search_shapes(sizes_hw: np.ndarray, augmentation: Augmentation, count: int) 
     Returns: shapes that hold whatever can be drawn, smallest area first.
     """
     rng = np.random.default_rng(0)
-    pictures = np.resize(rng.permutation(np.asarray(sizes_hw, np.int64).reshape(-1, 2)), (_SIMULATED_DRAWS, 2))
-    drawn = _draw_rows(pictures, augmentation, rng)["size_hw"]
-    return best_shapes(drawn, count, also_hold_hw=_largest_draws(sizes_hw, augmentation)[0])
+    pictures_hw = np.asarray(sizes_hw, np.int64).reshape(-1, 2)
+    simulated = np.resize(rng.permutation(pictures_hw), (_SIMULATED_DRAWS, 2))
+    drawn = _draw_rows(simulated, augmentation, rng)["size_hw"]
+    largest = _largest_draws(np.unique(pictures_hw, axis=0), augmentation)
+    return best_shapes(drawn, count, also_hold_hw=largest.reshape(-1, 2))
 
 
 def search_eval_shapes(sizes_hw: np.ndarray, short_side_px: int, long_side_max_px: int, count: int) -> Shapes:
@@ -180,86 +232,71 @@ def target_sizes(object_counts: np.ndarray, batch_size: int) -> tuple[int, ...]:
     return tuple(sorted({max(4, -(-int(count) // 4) * 4) for count in (most, np.max(object_counts))}))
 
 
-def train_plan(
-    sizes_hw: np.ndarray,
-    augmentation: Augmentation,
-    shapes: Shapes,
-    *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    accumulation_steps: int = 1,
-    last_batch: str = "drop",
-    object_counts: np.ndarray | None = None,
-) -> EpochPlan:
+def train_plan(settings: PlanSettings, epoch: int) -> EpochPlan:
     """Draws one epoch of training: `steps_per_epoch` batches, each picture once but for what `last_batch` does.
 
-    What the plan calls a batch is one of the `accumulation_steps` equal parts of an optimiser step's, and the parts of
-    a step come one after the other: they are dealt out on their own, so that a large batch wastes no more than a part
-    of it would.
-    A part has the smallest shape that holds its pictures, but for what does not come out even; see `deal`. Pictures
-    of several shapes that are left over at the end go together into the smallest that holds them. Where none does, as
-    with lying and upright panoramas, it is the shape that shows most of them, and those that it does not hold are
-    scaled down: no epoch brings a shape of its own.
-    Args:
-      sizes_hw: [n, 2] height and width of every picture of the source.
-      shapes: padded heights and widths.
-      batch_size: pictures of an optimiser step, a multiple of accumulation_steps.
-      last_batch: see `steps_per_epoch`.
-      object_counts: [n], for max_targets.
-    Raises: ValueError, if a resized picture fits none of the shapes, the parts are not equal, or there would be no
-      batch.
+    What the plan calls a batch is one of the `accumulation_steps` micro-batches of an optimiser step, which come one
+    after the other: they are put together on their own, so that a large batch wastes no more than a micro-batch would.
+    A micro-batch has the smallest shape that holds its pictures, but for what does not come out even; see
+    `batch_by_bucket`. Pictures of several shapes that remain at the end go together into the smallest that holds them.
+    Where none does, as with lying and upright panoramas, it is the shape that shows most of them, and those that it
+    does not hold are scaled down, as is a picture that no shape holds: no epoch brings a shape of its own.
     """
-    part_size, rest = divmod(batch_size, accumulation_steps)
-    if rest:
-        raise ValueError(f"a batch of {batch_size} pictures cannot be cut in {accumulation_steps} equal parts")
-    sizes = np.asarray(sizes_hw, np.int64).reshape(-1, 2)
-    ordered = by_area(shapes)
-    steps = steps_per_epoch(len(sizes), batch_size, last_batch)
-    rng = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
-    drawn = _draw_rows(sizes, augmentation, rng)
+    sizes = np.asarray(settings.sizes_hw, np.int64).reshape(-1, 2)
+    buckets = by_area(settings.shapes)
+    pictures, micro_batch_size = settings.steps_per_epoch * settings.batch_size, settings.micro_batch_size
+    rng = np.random.default_rng(np.random.SeedSequence([settings.seed, epoch]))
+    drawn = _draw_rows(sizes, settings.augmentation, rng)
     shuffled = rng.permutation(len(sizes))
-    rows = drawn[shuffled[: steps * batch_size]]
-    order = rng.permutation(steps * accumulation_steps)
-    if len(rows) < steps * batch_size:
-        again = np.resize(shuffled, steps * batch_size - len(rows))
-        extra = _draw_rows(sizes[again], augmentation, rng)
+    rows = drawn[shuffled[:pictures]]
+    order = rng.permutation(settings.steps_per_epoch * settings.accumulation_steps)
+    if len(rows) < pictures:
+        again = np.resize(shuffled, pictures - len(rows))
+        extra = _draw_rows(sizes[again], settings.augmentation, rng)
         extra["index"] = again
         rows = np.concatenate([rows, extra])
 
-    dealt = deal(rows["size_hw"], ordered, first_that_holds(rows["size_hw"], ordered, sizes[rows["index"]]), part_size)
-    mixed = dealt.left.reshape(-1, part_size)
-    mixed_shapes = ordered[[_shows_most(rows["size_hw"][some], ordered) for some in mixed]]
+    rows["size_hw"] = fit_to_shapes(rows["size_hw"], settings.shapes)
+    batches = batch_by_bucket(rows["size_hw"], buckets, bucket_of(rows["size_hw"], buckets), micro_batch_size)
+    mixed = batches.remainder.reshape(-1, micro_batch_size)
+    mixed_shapes = buckets[[_shows_most(rows["size_hw"][some], buckets) for some in mixed]]
     rows["size_hw"][mixed] = fitted_hw(rows["size_hw"][mixed], mixed_shapes[:, None])
-    members = np.concatenate([dealt.members, mixed])[order]
-    shapes_hw = np.concatenate([ordered[dealt.shape], mixed_shapes])[order]
-    max_targets = None
-    if object_counts is not None:
-        choices = np.array(target_sizes(object_counts, part_size))
-        fullest = np.asarray(object_counts)[rows["index"]][members].max(-1)
+    members = np.concatenate([batches.members, mixed])[order]
+    shapes_hw = np.concatenate([buckets[batches.bucket], mixed_shapes])[order]
+    if settings.max_targets:
+        max_targets = np.full(len(members), settings.max_targets)
+    else:
+        choices = np.array(target_sizes(settings.object_counts, micro_batch_size))
+        fullest = np.asarray(settings.object_counts)[rows["index"]][members].max(-1)
         max_targets = choices[np.searchsorted(choices, fullest)]
     return EpochPlan(rows[members], shapes_hw, max_targets)
 
 
 def eval_plan(
-    sizes_hw: np.ndarray, short_side_px: int, long_side_max_px: int, shapes: Shapes, *, batch_size: int
+    sizes_hw: np.ndarray,
+    object_counts: np.ndarray,
+    short_side_px: int,
+    long_side_max_px: int,
+    shapes: Shapes,
+    batch_size: int,
 ) -> EpochPlan:
     """Every picture once, resized without any randomness, batches of large shapes first.
 
-    Rows of index -1 fill the last batch, and any other that no remaining picture is small enough for.
-    Raises: ValueError, if a resized picture fits none of the shapes.
+    What no shape holds is scaled down to fit. Rows of index -1 fill the last batch, and any other that no remaining
+    picture is small enough for. Args: see `PlanSettings`.
     """
     sizes = np.asarray(sizes_hw, np.int64).reshape(-1, 2)
-    ordered = by_area(shapes)
-    rows = np.zeros(len(sizes) + len(ordered) * (batch_size - 1), ROW)
+    buckets = by_area(shapes)
+    rows = np.zeros(len(sizes) + len(buckets) * (batch_size - 1), ROW)
     rows["index"] = -1
     pictures = rows[: len(sizes)]
     pictures["index"] = np.arange(len(sizes))
-    pictures["size_hw"] = resized_hw(sizes, short_side_px, long_side_max_px)
-    first = np.full(len(rows), -1)
-    first[: len(sizes)] = first_that_holds(pictures["size_hw"], ordered, sizes)
-    dealt = deal(rows["size_hw"], ordered, first, batch_size)
-    return EpochPlan(rows[dealt.members], ordered[dealt.shape])
+    pictures["size_hw"] = fit_to_shapes(resized_hw(sizes, short_side_px, long_side_max_px), shapes)
+    smallest = np.full(len(rows), -1)
+    smallest[: len(sizes)] = bucket_of(pictures["size_hw"], buckets)
+    batches = batch_by_bucket(rows["size_hw"], buckets, smallest, batch_size)
+    max_targets = np.full(len(batches.members), target_sizes(object_counts, batch_size)[-1])
+    return EpochPlan(rows[batches.members], buckets[batches.bucket], max_targets)
 
 
 def real_pixels(plan: EpochPlan) -> float:
@@ -285,49 +322,46 @@ def real_pixels_otherwise(plan: EpochPlan, long_side_max_px: int) -> dict[str, f
 def bucket_table(plan: EpochPlan) -> list[str]:
     """Lines to print: the shapes of a plan, how much goes into each, and how much of it is padding."""
 
-    def line(name: str, part: EpochPlan) -> str:
-        pictures = np.sum(part.rows["index"] >= 0)
+    def line(name: str, chosen: EpochPlan) -> str:
+        pictures = np.sum(chosen.rows["index"] >= 0)
         share = pictures / max(np.sum(plan.rows["index"] >= 0), 1)
-        return f"{name:<15}{len(part):>8}{pictures:>10}{share:>8.1%}{1 - real_pixels(part):>9.1%}"
+        return f"{name:<15}{len(chosen):>8}{pictures:>10}{share:>8.1%}{1 - real_pixels(chosen):>9.1%}"
 
     lines = [f"{'padded shape':<15}{'batches':>8}{'pictures':>10}{'share':>8}{'padding':>9}"]
     shapes = by_area(plan.shapes_hw)
     for height, width in shapes.tolist():
         chosen = (plan.shapes_hw == (height, width)).all(-1)
-        lines.append(line(f"{height:>5} x {width:<5}", EpochPlan(plan.rows[chosen], plan.shapes_hw[chosen])))
+        some = EpochPlan(plan.rows[chosen], plan.shapes_hw[chosen], plan.max_targets[chosen])
+        lines.append(line(f"{height:>5} x {width:<5}", some))
     lines.append(line(f"{len(shapes)} shapes", plan))
-    if plan.max_targets is not None:
-        for size, batches in zip(*np.unique(plan.max_targets, return_counts=True), strict=True):
-            lines.append(f"{size} targets in {batches / len(plan):.1%} of the batches")
+    for size, batches in zip(*np.unique(plan.max_targets, return_counts=True), strict=True):
+        lines.append(f"{size} targets in {batches / len(plan):.1%} of the batches")
     return lines
 
 
-def redraw_row(
-    size_hw: tuple[int, int], augmentation: Augmentation, shape_hw: Sequence[int], *, seed: int, epoch: int, index: int
-) -> np.ndarray:
+def redraw_row(settings: PlanSettings, shape_hw: Sequence[int], epoch: int, index: int) -> np.ndarray:
     """Draws picture `index` for a batch whose padded shape is already decided; a ROW.
 
     It depends on (seed, epoch, index) alone; a result larger than the shape is scaled down to fit it.
     """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, epoch], spawn_key=(index,)))
-    row = _draw_rows(np.array([size_hw]), augmentation, rng)[0]
+    rng = np.random.default_rng(np.random.SeedSequence([settings.seed, epoch], spawn_key=(index,)))
+    row = _draw_rows(np.array([settings.sizes_hw[index]]), settings.augmentation, rng)[0]
     row["index"] = index
     row["size_hw"] = fitted_hw(row["size_hw"], np.asarray(shape_hw))
     return row
 
 
-def check_shapes(sizes_hw: np.ndarray, augmentation: Augmentation, shapes: Shapes) -> None:
-    """Finds out before the first epoch whether a later one could draw a picture that fits none of the shapes.
+def may_be_scaled_down(settings: PlanSettings) -> np.ndarray:
+    """Which of the pictures [n] the augmentation can make larger than every padded shape, and so are scaled down."""
+    sizes, which = np.unique(np.asarray(settings.sizes_hw, np.int64).reshape(-1, 2), axis=0, return_inverse=True)
+    largest = _largest_draws(sizes, settings.augmentation)
+    unfit = bucket_of(largest.reshape(-1, 2), by_area(settings.shapes)) < 0
+    return unfit.reshape(largest.shape[:2]).any(0)[which.ravel()]
 
-    Raises: ValueError, if so.
-    """
-    largest, originals = _largest_draws(sizes_hw, augmentation)
-    first_that_holds(largest, by_area(shapes), originals)
 
-
-def _shows_most(sizes_hw: np.ndarray, ordered: np.ndarray) -> int:
+def _shows_most(sizes_hw: np.ndarray, buckets: np.ndarray) -> int:
     """Position of the shape [k, 2] that leaves most of the pictures' area when they are scaled down to fit it."""
-    factor = np.minimum(1, (ordered[:, None] / sizes_hw).min(-1))
+    factor = np.minimum(1, (buckets[:, None] / sizes_hw).min(-1))
     return int((factor**2 * sizes_hw.prod(-1)).sum(-1).argmax())
 
 
@@ -359,12 +393,11 @@ def _window_sides(first_hw: np.ndarray, augmentation: Augmentation) -> tuple[np.
     return np.minimum(low, first_hw), np.minimum(high, first_hw)
 
 
-def _largest_draws(sizes_hw: np.ndarray, augmentation: Augmentation) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes such that every size that can be drawn is within one of them, and the pictures' sizes; both [m, 2].
+def _largest_draws(sizes: np.ndarray, augmentation: Augmentation) -> np.ndarray:
+    """Sizes [m, n, 2] such that every size that can be drawn for picture i of n is within one of [:, i].
 
-    Each size of picture at each short side: whole, and cropped to the most elongated windows.
+    Each picture at each short side: whole, and cropped to the most elongated windows.
     """
-    sizes = np.unique(np.asarray(sizes_hw, np.int64).reshape(-1, 2), axis=0)
     longest = augmentation.long_side_max_px
     largest = []
     if augmentation.crop_probability < 1:
@@ -375,4 +408,4 @@ def _largest_draws(sizes_hw: np.ndarray, augmentation: Augmentation) -> tuple[np
             # A less elongated one reaches the longest side, or what rounding makes of it, with a longer short side.
             limit = longest + window.max(-1, keepdims=True) // (2 * window.min(-1, keepdims=True))
             largest += [np.minimum(resized_hw(window, short, None), limit) for short in augmentation.short_sides_px]
-    return np.concatenate(largest), np.tile(sizes, (len(largest), 1))
+    return np.stack(largest)

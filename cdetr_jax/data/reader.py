@@ -3,39 +3,39 @@
 import dataclasses
 import functools
 import itertools
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
+from cdetr_jax.data.plan import PlanSettings, redraw_row
 from cdetr_jax.data.sources import BadPictureError, Source
 from cdetr_jax.data.transforms import transform_boxes
 from cdetr_jax.data.workers import WorkerDiedError, write_picture
 from cdetr_jax.structs import Batch, Record, Targets
 
-Redraw = Callable[[int, int, Sequence[int]], np.ndarray]  # epoch, index, padded shape -> ROW
+_ADVICE = '; replace or correct it, or set config.data.on_error = "skip" to do without damaged pictures'
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class ReadSettings:
     """How pictures are read, for training and evaluation alike.
 
     Attributes:
       workers: processes that read; 0: this one does.
       threads: of each process that reads; 0: as many as make one for each core, all processes together.
-      max_targets: T, objects a picture can hold; 0: as many as the batch needs, see `plan.target_sizes`.
       on_error: "raise" stops at a damaged picture; "skip" does without it.
-      max_bad_fraction: with "skip", a host that has met more damaged pictures than this stops after all.
-      host_index, host_count: this host loads its contiguous part of every global batch.
+      max_bad_fraction: with "skip", a process that has met more damaged pictures than this stops after all.
+      process_index, process_count: of JAX's processes; each reads its contiguous share of every global batch.
     """
 
     workers: int
     threads: int
-    max_targets: int
     on_error: str
     max_bad_fraction: float
-    host_index: int = 0
-    host_count: int = 1
+    process_index: int = 0
+    process_count: int = 1
 
     def __post_init__(self):
         if self.on_error not in ("raise", "skip"):
@@ -43,12 +43,14 @@ class Reading:
         for name in ("workers", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config.data.{name} is {getattr(self, name)}, expected 0 or more")
-        if self.max_targets < 0:
-            raise ValueError(f"config.data.max_targets is {self.max_targets}, expected 0 or the number of objects")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"config.data.max_bad_fraction is {self.max_bad_fraction}, expected a number from 0 to 1")
-        if not 0 <= self.host_index < self.host_count:
-            raise ValueError(f"host_index is {self.host_index}, expected 0 to {self.host_count - 1}")
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(f"process_index is {self.process_index}, expected 0 to {self.process_count - 1}")
+
+    def max_bad(self, pictures: int) -> int:
+        """How many of so many pictures may be damaged, with "skip": at least one, unless max_bad_fraction is 0."""
+        return math.ceil(self.max_bad_fraction) and max(1, int(self.max_bad_fraction * pictures))
 
     @property
     def threads_each(self) -> int:
@@ -68,7 +70,7 @@ def usable_cores() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One host batch to be made: its epoch, padded shape, T (0: the largest) and rows."""
+    """One batch of this process to be made: its epoch, padded shape, T and rows."""
 
     epoch: int
     shape_hw: tuple[int, int]
@@ -81,26 +83,24 @@ class Reader:
 
     Attributes:
       write_picture: takes a ROW and the pixels to write to.
+      max_bad: damaged pictures that may be skipped.
     """
 
     def __init__(
         self,
         source: Source,
         label_of: Mapping[int, int],
-        reading: Reading,
-        object_counts: np.ndarray,
-        redraw: Redraw | None,
+        settings: ReadSettings,
+        plan_settings: PlanSettings | None,
     ):
-        """`redraw` gives a replacement's ROW; None: a damaged picture's row stays empty."""
+        """`plan_settings` say how a damaged picture's replacement is drawn; None: its row stays empty."""
         _check_categories(source, label_of)
         self.source = source
-        self.max_targets = _max_targets(source.records, object_counts, reading.max_targets)
-        self.max_bad = reading.max_bad_fraction * len(source)
+        self.max_bad = settings.max_bad(len(source))
         self.write_picture = functools.partial(write_picture, source)
         self._label_of = label_of
-        self._object_counts = object_counts
-        self._skip = reading.on_error == "skip"
-        self._redraw = redraw
+        self._skip = settings.on_error == "skip"
+        self._plan_settings = plan_settings
 
     def fill(self, batch: Batch, slot: int, job: Job) -> dict[str, str]:
         """Writes one row of a job into its batch. Returns: why each damaged picture that it met was skipped, by name.
@@ -122,7 +122,7 @@ class Reader:
                 return bad
             except BadPictureError as error:
                 if not self._skip:
-                    raise
+                    raise BadPictureError(f"{error}{_ADVICE}") from error
                 bad[record.file_name] = str(error)
             except WorkerDiedError:
                 raise
@@ -130,15 +130,16 @@ class Reader:
                 raise ValueError(f"{record.file_name} (picture {index}): {error}") from error
             except Exception as error:
                 raise RuntimeError(f"{record.file_name} (picture {index}): {type(error).__name__}: {error}") from error
-            if self._redraw is None or len(bad) > self.max_bad:
+            if self._plan_settings is None or len(bad) > self.max_bad:
                 return bad  # the row stays empty; where too many are damaged, the consumer raises
             others = itertools.chain(range(index + 1, len(self.source)), range(index))
-            follower = next((i for i in others if i not in tried and self._object_counts[i] <= room), None)
+            counts = self._plan_settings.object_counts
+            follower = next((i for i in others if i not in tried and counts[i] <= room), None)
             if follower is None:
                 raise BadPictureError(
                     f"none of the {len(bad)} pictures can be read, the last because of {bad.popitem()[1]}"
                 )
-            row = self._redraw(job.epoch, follower, job.shape_hw)
+            row = redraw_row(self._plan_settings, job.shape_hw, job.epoch, follower)
 
     def _write(self, batch: Batch, slot: int, record: Record, row: np.ndarray) -> None:
         self.write_picture(row, batch.images[slot])
@@ -153,7 +154,7 @@ class Reader:
 
 
 def empty_batch(rows: int, shape_hw: tuple[int, int], max_targets: int) -> Batch:
-    """A host batch in which every row is padding, to be written into."""
+    """A batch of NumPy arrays in which every row is padding, to be written into."""
     sizes_hw = np.tile(np.array(shape_hw, np.int32), (rows, 1))
     return Batch(
         images=np.zeros((rows, *shape_hw, 3), np.uint8),
@@ -178,15 +179,3 @@ def _check_categories(source: Source, label_of: Mapping[int, int]) -> None:
             f"{len(unknown)} categories of the data have no class logit, among them {listed}; was the model made for "
             "other classes? See config.data.class_ids and config.model.num_classes"
         )
-
-
-def _max_targets(records: Sequence[Record], counts: np.ndarray, wanted: int) -> int:
-    fullest = int(counts.argmax())
-    if wanted == 0:
-        return max(4, -(-int(counts[fullest]) // 4) * 4)
-    if counts[fullest] > wanted:
-        raise ValueError(
-            f"{records[fullest].file_name} has {counts[fullest]} objects but config.data.max_targets is {wanted}; set "
-            f"it to at least {counts[fullest]}, or to 0 to let the data decide"
-        )
-    return wanted

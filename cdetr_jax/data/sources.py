@@ -5,10 +5,10 @@ import dataclasses
 import gc
 import json
 import logging
-import math
+import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -33,9 +33,6 @@ PICTURE_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-
-
-_SKIP_ADVICE = ', or set config.data.on_error = "skip" to do without damaged pictures'
 
 
 class BadPictureError(ValueError):
@@ -145,9 +142,9 @@ class CocoFolder:
             content = _read_json(Path(annotations))
             categories = _Table.of(annotations, content, "categories")
             ids = categories.unique_ids()
-            names = categories.column("name", "a text", lambda v: type(v) is str)
-            pairs = zip(ids, names, strict=True)
-            self.categories = tuple(sorted((Category(*pair) for pair in pairs), key=lambda c: c.id))
+            names = categories.column("name", "a text", _text)
+            self.categories = tuple(sorted(map(Category, ids, names), key=lambda c: c.id))
+            _report_equal_names(annotations, self.categories)
             self.records = self._read_records(_Table.of(annotations, content, "images"), content, set(ids))
 
     def __len__(self) -> int:
@@ -175,31 +172,29 @@ class CocoFolder:
                 if stored in (wanted, wanted[::-1]):  # else not worth decoding, however large its header says it is
                     picture = rgb_image(image if stored == wanted else ImageOps.exif_transpose(image))
         except PICTURE_ERRORS as error:
-            raise bad_picture(path, error, f"; replace it{_SKIP_ADVICE}") from error
+            raise bad_picture(path, error) from error
         if picture is None or picture.size != wanted:
             raise BadPictureError(
                 f"{path}: the picture is {stored[0]} x {stored[1]} pixels but image {record.image_id} is annotated as "
-                f"{record.width} x {record.height} (width x height); its boxes would be wrong: correct the "
-                f"annotation or the file{_SKIP_ADVICE}"
+                f"{record.width} x {record.height} (width x height); its boxes would be wrong"
             )
         return picture
 
     def _read_records(self, images: "_Table", content: dict, category_ids: set[int]) -> tuple[Record, ...]:
         image_ids = images.unique_ids()
-        names = images.column("file_name", "a text", lambda v: type(v) is str and v != "")
+        names = images.column("file_name", "a text", lambda v: _text(v) or None)
         sizes = [
-            images.column(field, "a whole number of pixels", lambda v: v is None or (_is_int(v) and v > 0), None)
-            for field in ("height", "width")
+            images.column(field, "a whole number of pixels", _side, required=False) for field in ("height", "width")
         ]
         order = sorted(range(len(image_ids)), key=image_ids.__getitem__)
         rank_of = {image_ids[i]: rank for rank, i in enumerate(order)}
 
         objects = _Table.of(images.path, content, "annotations")
-        owners = objects.column("image_id", "the id of one of the images", lambda v: _is_int(v) and v in rank_of)
-        labels = objects.column("category_id", "the id of a category", lambda v: _is_int(v) and v in category_ids)
-        boxes = objects.column("bbox", "4 finite numbers, [left, top, width, height] in pixels", _is_box)
-        crowds = objects.column("iscrowd", "0 or 1", lambda v: type(v) in (int, bool) and v in (0, 1), 0)
-        areas = objects.column("area", "a number", _is_area, math.nan)
+        owners = objects.column("image_id", "the id of one of the images", lambda v: _one_of(rank_of, v))
+        labels = objects.column("category_id", "the id of a category", lambda v: _one_of(category_ids, v))
+        boxes = objects.column("bbox", "4 finite numbers, [left, top, width, height] in pixels", _box)
+        crowds = objects.column("iscrowd", "0 or 1", _flag, required=False)
+        areas = objects.column("area", "a number", lambda v: v if v != v else _finite(v), required=False)
 
         rank = np.array([rank_of[owner] for owner in owners], np.int64)
         by_image = np.argsort(rank, kind="stable")
@@ -207,7 +202,7 @@ class CocoFolder:
         boxes = np.array(boxes, np.float64).reshape(-1, 4)[by_image]
         labels = np.array(labels, np.int64)[by_image]
         crowds = np.array(crowds, bool)[by_image]
-        areas = np.array(areas, np.float64)[by_image]
+        areas = np.array(areas, np.float64)[by_image]  # None becomes NaN
         areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
 
         records = []
@@ -306,16 +301,60 @@ def _report_unusable(path: str | Path, records: list[Record], objects: list[dict
         )
 
 
-def _is_int(value: Any) -> bool:
-    return type(value) is int and abs(value) < 2**63
+def _report_equal_names(path: str | Path, categories: tuple[Category, ...]) -> None:
+    """Logs categories of one name: each has a logit of its own, and nobody can tell them apart by name."""
+    first: dict[str, int] = {}
+    for category in categories:
+        if first.setdefault(category.name, category.id) != category.id:
+            logging.warning(
+                "%s: categories %d and %d are both called %r and are two classes; if they are one, give their objects "
+                "the same category_id",
+                *(path, first[category.name], category.id, category.name),
+            )
 
 
-def _is_area(value: Any) -> bool:
-    return type(value) in (int, float) and not abs(value) >= 1e15  # NaN: to be computed
+# What exporters write for one value: 80, 80.0 or "80". Each returns the value, or None where it can mean nothing else.
 
 
-def _is_box(value: Any) -> bool:
-    return type(value) is list and len(value) == 4 and all(type(v) in (int, float) and abs(v) < 1e15 for v in value)
+def _number(value: Any) -> float | None:
+    if type(value) is str and re.fullmatch(r"\s*-?\d{1,19}(\.\d*)?\s*", value):
+        value = float(value) if "." in value else int(value)
+    return value if type(value) in (int, float) else None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    if type(number) is float:  # from 2^53 on it may stand for a neighbour
+        return int(number) if abs(number) < 2**53 and number.is_integer() else None
+    return number if number is not None and abs(number) < 2**63 else None
+
+
+def _finite(value: Any) -> float | None:
+    number = _number(value)
+    return number if number is not None and abs(number) < 1e15 else None
+
+
+def _side(value: Any) -> int | None:
+    whole = _whole(value)
+    return whole if whole is not None and whole > 0 else None
+
+
+def _one_of(known: Container[int], value: Any) -> int | None:
+    whole = _whole(value)
+    return whole if whole in known else None
+
+
+def _flag(value: Any) -> int | None:
+    return _one_of((0, 1), int(value) if type(value) is bool else value)
+
+
+def _text(value: Any) -> str | None:
+    return value if type(value) is str else None
+
+
+def _box(value: Any) -> list[float] | None:
+    numbers = [_finite(v) for v in value] if type(value) is list and len(value) == 4 else [None]
+    return None if None in numbers else numbers
 
 
 def _read_json(path: Path) -> dict:
@@ -355,20 +394,29 @@ class _Table:
                 raise ValueError(f"{path}: {name}[{i}] is a {type(row).__name__}, expected an object; correct the file")
         return _Table(path, name, rows)
 
-    def column(self, field: str, expected: str, accept: Callable[[Any], bool], *default: Any) -> list:
-        """Returns one field of every row. Raises: ValueError, at the first value that is missing or not accepted."""
-        values = [row.get(field, *default) for row in self.rows]
-        for i, value in enumerate(values):
-            if not accept(value):
-                found = "is missing" if field not in self.rows[i] else f"is {json.dumps(value)[:60]}"
+    def column(self, field: str, expected: str, convert: Callable[[Any], Any], *, required: bool = True) -> list[Any]:
+        """Returns one field of every row, converted; None where it is missing or null and not required.
+
+        Args:
+          expected: what the error message calls it.
+          convert: returns the value, or None if it is not as expected.
+        Raises: ValueError, at the first value that is missing or not as expected.
+        """
+        values = []
+        for i, row in enumerate(self.rows):
+            raw = row.get(field)
+            value = None if raw is None else convert(raw)
+            if value is None and (required or raw is not None):
+                found = "is missing" if field not in row else f"is {json.dumps(raw)[:60]}"
                 raise ValueError(
                     f"{self.path}: {self.name_of(i)}: field '{field}' {found}, expected {expected}; correct this entry "
                     "or take it out"
                 )
+            values.append(value)
         return values
 
     def unique_ids(self) -> list[int]:
-        ids = self.column("id", "a whole number", _is_int)
+        ids = self.column("id", "a whole number", _whole)
         seen = {}
         for i, value in enumerate(ids):
             if seen.setdefault(value, i) != i:

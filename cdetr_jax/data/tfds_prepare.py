@@ -2,6 +2,10 @@
 
 Imports TensorFlow, through TFDS's builders. TFDS itself downloads a file in one go or not at all; here a download goes
 on where it was interrupted.
+
+Of TFDS's private parts this uses, as nothing public does it: `_split_generators`, run dry, since only it knows which
+archives a config is made of; `checksums.compute_url_info`, to take archives for the published ones; and the errors of a
+wrong checksum and of a damaged archive.
 """
 
 import contextlib

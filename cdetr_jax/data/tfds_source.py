@@ -79,8 +79,7 @@ class TfdsSource:
             with open_checked(io.BytesIO(self._examples[self._order[i]]["image"])) as image:
                 return rgb_image(image)
         except (*PICTURE_ERRORS, RuntimeError) as error:  # which array_record raises for damaged records
-            advice = '; set config.data.on_error = "skip" to do without damaged pictures'
-            raise bad_picture(f"{self._title}: {self.records[i].file_name}", error, advice) from error
+            raise bad_picture(f"{self._title}: {self.records[i].file_name}", error) from error
 
     def _read(self) -> Table:
         """Everything that is known of the pictures, in the set's own order; see `_records` for what is in it."""

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from cdetr_jax.data.plan import fitted_hw, resized_hw
+from cdetr_jax.data.buckets import fitted_hw
+from cdetr_jax.data.plan import resized_hw
 from cdetr_jax.data.sources import clip_to_picture
 from cdetr_jax.records import Record
 
@@ -30,20 +31,11 @@ def count_training_objects(records: Sequence[Record]) -> np.ndarray:
     return np.bincount(owners[keep], minlength=len(records))
 
 
-def apply_row(image: np.ndarray, record: Record, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flips, crops and resizes a picture with its boxes, as a plan's row says.
+def transform_picture(picture: Image.Image, row: np.ndarray) -> Image.Image:
+    """Flips, then perhaps resizes and crops, then resizes a picture, as a plan's ROW says.
 
     Source: facebookresearch/detr datasets/transforms.py; the random numbers were drawn in the plan.
-    Args:
-      image: uint8 [H, W, 3], of the size in the record.
-      row: one ROW.
-    Returns: picture, uint8 [h, w, 3] of row["size_hw"]; boxes and category ids of `transform_boxes`.
     """
-    return np.asarray(transform_picture(Image.fromarray(image), row)), *transform_boxes(record, row)
-
-
-def transform_picture(picture: Image.Image, row: np.ndarray) -> Image.Image:
-    """The half of `apply_row` that needs the pixels: flip, then perhaps resize and crop, then resize."""
     if row["flip"]:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if row["crop"]:
@@ -54,7 +46,7 @@ def transform_picture(picture: Image.Image, row: np.ndarray) -> Image.Image:
 
 
 def transform_boxes(record: Record, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The other half of `apply_row`, which needs no pixels.
+    """Flips, crops and scales a picture's boxes, as `transform_picture` does the pixels.
 
     Returns: boxes, float32 [n, 4] cxcywh, fractions of the resulting picture; category ids, [n].
     """

@@ -18,6 +18,7 @@ from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.classes import ClassTable, class_table, classes_in_data
 from cdetr_jax.data.pipeline import sizes_hw
+from cdetr_jax.data.plan import EpochPlan
 from cdetr_jax.data.sources import Source
 from cdetr_jax.evaluation.coco_eval import CocoMetrics, coco_average_precision
 from cdetr_jax.matching.assign import NonFiniteCostError
@@ -69,48 +70,50 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
       OSError, if a checkpoint cannot be written.
     """
     build.check_config(config, jax.local_device_count() * jax.process_count())
-    host = (jax.process_index(), jax.process_count())
     source = build.make_source(config, "train")
     evaluates = config.eval.every_epochs > 0
     eval_source = build.make_source(config, "eval") if evaluates else None
     classes = class_table(source.categories, config.data.class_ids, config.model.num_classes)
     _check_same_run(config, workdir)
 
-    steps_per_epoch = build.count_steps(config, source)
+    plan_settings = build.make_plan_settings(config, source)
+    eval_plan = build.make_eval_plan(config, eval_source) if evaluates else None
+    steps_per_epoch = plan_settings.steps_per_epoch
     schedules = build.make_schedules(config, steps_per_epoch)
     functions = build.make_step_functions(config, len(classes), schedules)
     trainer = Trainer(functions)
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
     planned_from = {"steps_per_epoch": steps_per_epoch, "pictures": _fingerprint(source)}
     state, start_step = _initial_state(config, functions, checkpoints, planned_from, classes)
-    parts_per_step = config.train.accumulation_steps
+    accumulation_steps = config.train.accumulation_steps
     epoch, step_of_epoch = divmod(start_step, steps_per_epoch)
-    batches = build.make_train_batches(config, source, classes, (epoch, step_of_epoch * parts_per_step), host)
+    start = (epoch, step_of_epoch * accumulation_steps)
+    batches = build.make_train_batches(config, source, classes, plan_settings, start)
 
     total_steps = config.train.num_epochs * steps_per_epoch
     if config.train.max_steps is not None:
         total_steps = min(total_steps, config.train.max_steps)
-    is_first_host = host[0] == 0
-    if is_first_host:
+    is_first_process = jax.process_index() == 0
+    if is_first_process:
         run_files.save_config(workdir, config)
         run_files.save_classes(workdir, classes)
         if start_step == 0:
             logging.info(
                 "Parameters:\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
             )
-    writer = make_writer(workdir) if is_first_host else None
+    writer = make_writer(workdir) if is_first_process else None
     if writer:
         writer.truncate_after(start_step)
     if start_step >= total_steps:
         logging.info("The run in %s is complete: %d steps of %d.", workdir, start_step, total_steps)
-    progress = Progress(total_steps, steps_per_epoch, start_step) if is_first_host else None
+    progress = Progress(total_steps, steps_per_epoch, start_step) if is_first_process else None
     logging.info(
         "%d pictures, %d steps an epoch, %d steps in all, on %d device(s) of %d process(es)",
-        len(source), steps_per_epoch, total_steps, jax.device_count(), host[1],
+        len(source), steps_per_epoch, total_steps, jax.device_count(), jax.process_count(),
     )  # fmt: skip
 
     state = trainer.replicate(state)
-    feed = Feed(batches, trainer.put, parts_per_step)
+    feed = Feed(batches, trainer.put, accumulation_steps)
     timer = IntervalTimer()
     recent: list[tuple[int, StepMetrics]] = []
     summary = None
@@ -156,7 +159,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
             with timer.pause():
                 scores = None
                 if evaluates and (last or (end_of_epoch and (step // steps_per_epoch) % config.eval.every_epochs == 0)):
-                    summary = _evaluate(config, trainer, state.eval_variables, eval_source, classes, host).summary
+                    variables = state.eval_variables
+                    summary = _evaluate(config, trainer, variables, eval_source, eval_plan, classes).summary
                     if writer:
                         writer.write_scalars(step, summary, epoch=step / steps_per_epoch, kind="eval")
                     logging.info("step %d: AP %.4f, AP50 %.4f", step, summary["AP"], summary["AP50"])
@@ -192,8 +196,8 @@ def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics
     logging.info("%d pictures", len(source))
     trainer = Trainer(_functions(config, len(weights.classes)))
     variables = trainer.replicate(weights.variables)
-    host = (jax.process_index(), jax.process_count())
-    return _evaluate(config, trainer, variables, source, weights.classes, host)
+    plan = build.make_eval_plan(config, source)
+    return _evaluate(config, trainer, variables, source, plan, weights.classes)
 
 
 def _with_model_of(weights: Weights, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -334,19 +338,19 @@ def _evaluate(
     trainer: Trainer,
     variables: Any,
     source: Source,
+    plan: EpochPlan,
     classes: ClassTable,
-    host: tuple[int, int],
 ) -> CocoMetrics:
-    """Runs every picture of the source and scores the detections. `variables` are replicated."""
+    """Runs every picture of the source, in a plan's batches, and scores the detections. `variables` are replicated."""
     classes = classes_in_data(classes, source.categories)
-    batches = build.make_eval_batches(config, source, host)
+    batches = build.make_eval_batches(config, source, plan)
     feed = Feed(batches, trainer.put)
     results = []
     try:
         for [placed] in feed:
             index = placed.index.reshape(-1)
             detections = trainer.detect(variables, placed)
-            if host[1] > 1:
+            if jax.process_count() > 1:
                 detections, index = multihost_utils.process_allgather((detections, index), tiled=True)
             for row, i in enumerate(index):
                 if i >= 0:

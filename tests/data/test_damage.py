@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdetr_jax.data.pipeline import train_batches
-from cdetr_jax.data.plan import Augmentation
-from cdetr_jax.data.reader import Reading
+from cdetr_jax.data.pipeline import sizes_hw, train_batches
+from cdetr_jax.data.plan import Augmentation, PlanSettings
+from cdetr_jax.data.reader import ReadSettings
 from cdetr_jax.data.sources import BadPictureError, CocoFolder
+from cdetr_jax.data.transforms import count_training_objects
 
 # Pillow's word about a damaged EXIF part, which is no reason not to read the picture.
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -290,17 +291,17 @@ def _check_annotations(folder, count, clock):
     return read
 
 
+def _batches(source, label_of, batch_size, read_settings, crop_probability=0.5):
+    augmentation = Augmentation((48,), 80, 0.5, crop_probability, (40,), (30, 40))
+    sizes, counts = sizes_hw(source), count_training_objects(source.records)
+    settings = PlanSettings(sizes, counts, augmentation, [(80, 80)], batch_size, seed=0)
+    return train_batches(source, label_of, settings, read_settings)
+
+
 def _read_all(source):
     """What training does with the source, for the first epoch."""
-    batches = train_batches(
-        source,
-        {c.id: k for k, c in enumerate(source.categories)},
-        Augmentation((48,), 80, 0.5, 0.5, (40,), (30, 40)),
-        [(80, 80)],
-        Reading(workers=0, threads=1, max_targets=0, on_error="raise", max_bad_fraction=0.0),
-        batch_size=2,
-        seed=0,
-    )
+    label_of = {c.id: k for k, c in enumerate(source.categories)}
+    batches = _batches(source, label_of, 2, ReadSettings(workers=0, threads=1, on_error="raise", max_bad_fraction=0.0))
     try:
         for _ in range(batches.batches_per_epoch):
             batch = next(batches)
@@ -347,15 +348,8 @@ def test_mutated_pictures_are_skipped_in_a_run(tmp_path):
     for name in damaged:
         with pytest.raises(BadPictureError, match=name):
             source.load_image([record.file_name for record in source.records].index(name))
-    batches = train_batches(
-        source,
-        {2: 0, 7: 1},
-        Augmentation((48,), 80, 0.5, 0.0, (40,), (30, 40)),
-        [(80, 80)],
-        Reading(workers=0, threads=2, max_targets=0, on_error="skip", max_bad_fraction=0.5),
-        batch_size=3,
-        seed=0,
-    )
+    read_settings = ReadSettings(workers=0, threads=2, on_error="skip", max_bad_fraction=0.5)
+    batches = _batches(source, {2: 0, 7: 1}, 3, read_settings, crop_probability=0.0)
     seen = np.concatenate([next(batches).index for _ in range(4)])
     batches.close()
     assert batches.bad_files == damaged

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 import pytest
 from fatal_source import FatalShapes
+from PIL import Image
 
-from cdetr_jax.data.pipeline import eval_batches, train_batches
-from cdetr_jax.data.plan import ROW, Augmentation, redraw_row, train_plan
-from cdetr_jax.data.reader import Reading
+from cdetr_jax.data.pipeline import eval_batches, sizes_hw, train_batches
+from cdetr_jax.data.plan import ROW, Augmentation, PlanSettings, eval_plan, redraw_row, train_plan
+from cdetr_jax.data.reader import ReadSettings
 from cdetr_jax.data.sources import BadPictureError, CocoFolder
 from cdetr_jax.data.synthetic import SyntheticShapes
-from cdetr_jax.data.transforms import apply_row
+from cdetr_jax.data.transforms import count_training_objects, transform_boxes, transform_picture
 from cdetr_jax.data.workers import WorkerDiedError, Workers
 from cdetr_jax.structs import Category, Record
 
@@ -64,18 +65,27 @@ class Pictures:
         return np.random.default_rng(i).integers(0, 256, (record.height, record.width, 3), np.uint8)
 
 
-def _reading(threads=2, max_targets=0, on_error="raise", max_bad_fraction=0.0, workers=0, **hosts):
-    return Reading(workers, threads, max_targets, on_error, max_bad_fraction, **hosts)
+def _reading(threads=2, on_error="raise", max_bad_fraction=0.0, workers=0, **process):
+    return ReadSettings(workers, threads, on_error, max_bad_fraction, **process)
 
 
-def _train(source, reading=None, *, batch_size=4, start=(0, 0), shapes=SHAPES, label_of=LABEL_OF, **settings):
-    reading, settings = reading or _reading(), {"batch_size": batch_size, "seed": 9, "start": start} | settings
-    return train_batches(source, label_of, AUGMENTATION, shapes, reading, **settings)
+def _plan_settings(source, shapes=SHAPES, batch_size=4, **settings):
+    counts = count_training_objects(source.records)
+    return PlanSettings(sizes_hw(source), counts, AUGMENTATION, shapes, batch_size, seed=9, **settings)
 
 
-def _eval(source, reading=None, batch_size=4):
-    reading = reading or _reading()
-    return eval_batches(source, LABEL_OF, SHAPES, reading, short_side_px=36, long_side_max_px=50, batch_size=batch_size)
+def _train(source, reading=None, *, start=(0, 0), label_of=LABEL_OF, **settings):
+    return train_batches(source, label_of, _plan_settings(source, **settings), reading or _reading(), start)
+
+
+def _eval(source, reading=None):
+    plan = eval_plan(sizes_hw(source), count_training_objects(source.records), 36, 50, SHAPES, batch_size=4)
+    return eval_batches(source, LABEL_OF, plan, reading or _reading())
+
+
+def _transformed(source, row):
+    record, image = source.records[row["index"]], source.load_image(row["index"])
+    return np.asarray(transform_picture(Image.fromarray(image), row)), *transform_boxes(record, row)
 
 
 def _take(batches, count):
@@ -94,12 +104,7 @@ def _threads():
 
 def test_batches_hold_what_the_plan_says():
     source = Pictures()
-    plans = [
-        train_plan(
-            [(r.height, r.width) for r in source.records], AUGMENTATION, SHAPES, batch_size=4, seed=9, epoch=epoch
-        )
-        for epoch in range(2)
-    ]
+    plans = [train_plan(_plan_settings(source), epoch) for epoch in range(2)]
     batches = _take(_train(source), 8)
     for k, batch in enumerate(batches):
         plan, step = plans[k // 4], k % 4
@@ -108,7 +113,7 @@ def test_batches_hold_what_the_plan_says():
         np.testing.assert_array_equal(batch.sizes_hw, plan.rows[step]["size_hw"])
         for slot, row in enumerate(plan.rows[step]):
             record = source.records[row["index"]]
-            image, boxes, category_ids = apply_row(source.load_image(row["index"]), record, row)
+            image, boxes, category_ids = _transformed(source, row)
             height, width = row["size_hw"]
             np.testing.assert_array_equal(batch.images[slot, :height, :width], image)
             assert not batch.images[slot, height:].any()
@@ -146,7 +151,7 @@ def test_resumes_at_every_position():
         assert [_bytes(batch) for batch in _take(resumed, 2)] == expected[k : k + 2]
 
 
-def test_the_parts_of_a_step_come_one_after_the_other():
+def test_the_micro_batches_of_a_step_come_one_after_the_other():
     source = Pictures()
     settings = {"batch_size": 6, "accumulation_steps": 3}
     batches = _train(source, **settings)
@@ -160,12 +165,12 @@ def test_the_parts_of_a_step_come_one_after_the_other():
     assert list(map(_bytes, resumed)) == list(map(_bytes, taken[3:]))
 
 
-def test_hosts_parts_make_the_global_batch():
+def test_the_shares_of_processes_make_the_global_batch():
     source = Pictures()
     whole = _take(_train(source, batch_size=6), 3)
-    parts = [_take(_train(source, _reading(host_index=k, host_count=3), batch_size=6), 3) for k in range(3)]
+    shares = [_take(_train(source, _reading(process_index=k, process_count=3), batch_size=6), 3) for k in range(3)]
     for step, batch in enumerate(whole):
-        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part[step] for part in parts))
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(share[step] for share in shares))
         assert _bytes(joined) == _bytes(batch)
 
 
@@ -236,7 +241,7 @@ def test_synthetic_and_coco_folder_sources(content, write):
 
 def test_damaged_picture_stops_the_run_and_ends_the_threads():
     batches = _train(Pictures(bad=[5]), _reading(threads=4))
-    with pytest.raises(BadPictureError, match=r"/there/picture-5\.png"):
+    with pytest.raises(BadPictureError, match=r'/there/picture-5\.png.*set config\.data\.on_error = "skip"'):
         _take(batches, 9)
     assert not _threads()
     with pytest.raises(StopIteration):
@@ -256,6 +261,7 @@ def test_skipped_pictures_are_replaced_by_the_next_readable_one(caplog):
     batches = _train(damaged, reading)
     with caplog.at_level(logging.WARNING):
         taken = _take(batches, 12)
+    assert "on_error" not in caplog.text  # which is "skip" already
     assert batches.bad_files == {"picture-5.png", "picture-6.png", "picture-16.png"}
     assert sorted(record.getMessage().split("/there/")[1].split(":")[0] for record in caplog.records) == [
         "picture-16.png",
@@ -271,12 +277,8 @@ def test_skipped_pictures_are_replaced_by_the_next_readable_one(caplog):
                 assert one.index[slot] == index
                 continue
             follower = {5: 7, 6: 7, 16: 0}[int(index)]
-            record = good.records[follower]
-            shape_hw = other.images.shape[1:3]
-            row = redraw_row(
-                (record.height, record.width), AUGMENTATION, shape_hw, seed=9, epoch=k // 4, index=follower
-            )
-            image, _, _ = apply_row(good.load_image(follower), record, row)
+            row = redraw_row(_plan_settings(good), other.images.shape[1:3], k // 4, follower)
+            image = _transformed(good, row)[0]
             assert one.index[slot] == follower
             np.testing.assert_array_equal(one.images[slot, : image.shape[0], : image.shape[1]], image)
             replaced += 1
@@ -288,12 +290,20 @@ def test_skipped_pictures_are_replaced_by_the_next_readable_one(caplog):
 
 def test_too_many_damaged_pictures_stop_the_run():
     reading = _reading(on_error="skip", max_bad_fraction=0.1)  # 1.7 of 17
-    with pytest.raises(BadPictureError, match=r"2 of 17 pictures are damaged.*max_bad_fraction.*picture-11.*picture-2"):
+    message = r"2 of 17 .* damaged, more than the 1 that config\.data\.max_bad_fraction = 0\.1 allows.*-11.*-2\.png"
+    with pytest.raises(BadPictureError, match=message):
         _take(_train(Pictures(bad=[2, 11]), reading), 12)
     assert len(_take(_train(Pictures(bad=[2]), reading), 12)) == 12
     with pytest.raises(BadPictureError, match=r"2 of 17 pictures are damaged"):
         list(_eval(Pictures(bad=[2, 11]), reading))
     assert not _threads()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "pictures", "allowed"), [(0.01, 32, 1), (0.01, 250, 2), (0.0, 250, 0), (1.0, 17, 17)]
+)
+def test_number_of_pictures_that_may_be_damaged(fraction, pictures, allowed):
+    assert _reading(max_bad_fraction=fraction).max_bad(pictures) == allowed
 
 
 def test_no_readable_picture_at_all():
@@ -329,10 +339,12 @@ def test_processes_go_on_with_the_same_bytes():
     expected = [_bytes(batch) for batch in _take(_train_shapes(source, _reading()), 57)]
     resumed = _train_shapes(source, _reading(workers=2, threads=2), start=(0, 7))
     assert [_bytes(batch) for batch in _take(resumed, 50)] == expected[7:]
-    hosts = [_train_shapes(source, _reading(threads=1, workers=k, host_index=k, host_count=2)) for k in range(2)]
-    parts = [_take(batches, 3) for batches in hosts]
+    processes = [
+        _train_shapes(source, _reading(threads=1, workers=k, process_index=k, process_count=2)) for k in range(2)
+    ]
+    shares = [_take(batches, 3) for batches in processes]
     for step in range(3):
-        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part[step] for part in parts))
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(share[step] for share in shares))
         assert _bytes(joined) == expected[step]
     assert not _processes()
     assert not _threads()
@@ -473,25 +485,21 @@ def test_memory_stays_flat_over_2000_batches():
 
 def test_max_targets():
     source = Pictures()
-    assert _take(_train(source, _reading(max_targets=7)), 1)[0].targets.labels.shape == (4, 7)
+    assert _take(_train(source, max_targets=7), 1)[0].targets.labels.shape == (4, 7)
     six = SyntheticShapes(seed=0, size=50, height=64, width=64, max_objects=6)
-    batches = _train(six, shapes=[(52, 52)])
-    assert batches.max_targets == 8  # six, rounded up to a multiple of 4
-    batches.close()
+    assert train_plan(_plan_settings(six, [(52, 52)]), 0).max_targets.max() == 8  # six, rounded up to a multiple of 4
     with pytest.raises(ValueError, match=r"picture-3\.png has 3 objects but config\.data\.max_targets is 2; .* 3"):
-        _train(source, _reading(max_targets=2))
+        _train(source, max_targets=2)
 
 
 def test_settings_that_do_not_fit_each_other():
     source = Pictures()
     with pytest.raises(ValueError, match="17 pictures do not fill one batch of 18"):
         _train(source, batch_size=18)
-    with pytest.raises(ValueError, match="batch size 4 is not divisible by 3 hosts; use a multiple of 3"):
-        _train(source, _reading(host_count=3))
+    with pytest.raises(ValueError, match="batch size 4 is not divisible by 3 processes; use a multiple of 3"):
+        _train(source, _reading(process_count=3))
     with pytest.raises(ValueError, match=r"categories of the data have no class logit.*8 \(class 8\)"):
         _train(source, label_of={1: 0})
-    with pytest.raises(ValueError, match="fits none of the padded shapes"):
-        _train(source, shapes=SHAPES[:2])
     with pytest.raises(ValueError, match=r"start is \(0, 4\), expected .* from 0 to 3"):
         _train(source, start=(0, 4))
     with pytest.raises(ValueError, match="hold no picture"):
@@ -505,9 +513,8 @@ def test_settings_that_do_not_fit_each_other():
         ({"on_error": "ignore"}, r"config\.data\.on_error is 'ignore', expected 'raise' or 'skip'"),
         ({"workers": -1}, r"config\.data\.workers is -1, expected 0 or more"),
         ({"threads": -1}, r"config\.data\.threads is -1, expected 0 or more"),
-        ({"max_targets": -1}, r"config\.data\.max_targets is -1"),
         ({"max_bad_fraction": 2.0}, r"config\.data\.max_bad_fraction is 2.0, expected a number from 0 to 1"),
-        ({"host_index": 2, "host_count": 2}, "host_index is 2, expected 0 to 1"),
+        ({"process_index": 2, "process_count": 2}, "process_index is 2, expected 0 to 1"),
     ],
 )
 def test_reading_is_checked(wrong, message):

@@ -3,11 +3,12 @@ import random
 
 import numpy as np
 import pytest
-from published import PUBLISHED
+from published import PUBLISHED, draw_plan, plan_settings
 
+from cdetr_jax.data.buckets import fit_to_shapes
 from cdetr_jax.data.plan import (
-    check_shapes,
     eval_plan,
+    may_be_scaled_down,
     real_pixels,
     redraw_row,
     resized_hw,
@@ -15,7 +16,6 @@ from cdetr_jax.data.plan import (
     smallest_shape,
     steps_per_epoch,
     target_sizes,
-    train_plan,
 )
 
 SHAPES = ((800, 1088), (1088, 800), (800, 1344), (1344, 800), (1344, 1344))
@@ -83,7 +83,7 @@ def test_draws_have_the_published_distribution(size):
     Each half, with and without a crop, of two such samples differs by more than 0.0207 once in 10,000 tries
     (Kolmogorov-Smirnov).
     """
-    rows = train_plan(np.tile(size, (100_000, 1)), PUBLISHED, SHAPES, batch_size=1, seed=0, epoch=0).rows[:, 0]
+    rows = draw_plan(np.tile(size, (100_000, 1)), PUBLISHED, SHAPES, batch_size=1, seed=0, epoch=0).rows[:, 0]
     rng = random.Random(1)
     simulated = [_published_draws(*size, rng) for _ in range(30_000)]
     flips, crops, windows, sizes = (np.array(x) for x in zip(*simulated, strict=True))
@@ -121,7 +121,7 @@ def test_histograms_are_those_of_the_description():
     for the discreteness of small counts) lies less than one in a million of them; there are 365.
     """
     sizes = np.tile(SIZES, (14_286, 1))[:100_000]
-    rows = train_plan(sizes, PUBLISHED, SHAPES, batch_size=1, seed=0, epoch=0).rows[:, 0]
+    rows = draw_plan(sizes, PUBLISHED, SHAPES, batch_size=1, seed=0, epoch=0).rows[:, 0]
     rng = random.Random(2)
     simulated = [_published_draws(*size, rng) for size in sizes.tolist()]
     flip, crop, window, size = (np.array(column) for column in zip(*simulated, strict=True))
@@ -150,14 +150,14 @@ def test_histograms_are_those_of_the_description():
 def test_probabilities_at_their_ends():
     for flip, crop in ((0.0, 1.0), (1.0, 0.0)):
         settings = dataclasses.replace(PUBLISHED, flip_probability=flip, crop_probability=crop)
-        rows = train_plan(np.tile(SIZES, (9, 1)), settings, SHAPES, batch_size=3, seed=0, epoch=0).rows
+        rows = draw_plan(np.tile(SIZES, (9, 1)), settings, SHAPES, batch_size=3, seed=0, epoch=0).rows
         assert (rows["flip"] == bool(flip)).all()
         assert (rows["crop"] == bool(crop)).all()
 
 
 def test_windows_give_way_to_pictures_smaller_than_them():
     settings = dataclasses.replace(PUBLISHED, crop_probability=1.0, crop_short_sides_px=(100,))
-    rows = train_plan(np.tile((50, 70), (500, 1)), settings, SHAPES, batch_size=5, seed=0, epoch=0).rows
+    rows = draw_plan(np.tile((50, 70), (500, 1)), settings, SHAPES, batch_size=5, seed=0, epoch=0).rows
     assert (rows["first_hw"] == (100, 140)).all()
     assert (rows["window"] == (0, 0, 100, 140)).all()
 
@@ -166,7 +166,7 @@ def test_windows_give_way_to_pictures_smaller_than_them():
 def test_batches_of_an_epoch(seed):
     """Each batch fits its shape, no picture comes twice, and the number of batches is the same for every draw."""
     sizes = np.tile(SIZES, (43, 1))
-    plan = train_plan(sizes, PUBLISHED, SHAPES, batch_size=8, seed=seed, epoch=2)
+    plan = draw_plan(sizes, PUBLISHED, SHAPES, batch_size=8, seed=seed, epoch=2)
     assert len(plan) == len(sizes) // 8 == 37
     assert len(np.unique(plan.rows["index"])) == 37 * 8
     assert (plan.rows["size_hw"] <= plan.shapes_hw[:, None]).all()
@@ -180,8 +180,8 @@ def test_batches_of_an_epoch(seed):
 
 def test_filled_epochs_hold_every_picture():
     sizes = np.tile(SIZES, (43, 1))  # 301
-    dropped = train_plan(sizes, PUBLISHED, SHAPES, batch_size=8, seed=3, epoch=2)
-    filled = train_plan(sizes, PUBLISHED, SHAPES, batch_size=8, seed=3, epoch=2, last_batch="fill")
+    dropped = draw_plan(sizes, PUBLISHED, SHAPES, batch_size=8, seed=3, epoch=2)
+    filled = draw_plan(sizes, PUBLISHED, SHAPES, batch_size=8, seed=3, epoch=2, last_batch="fill")
     assert (len(dropped), len(filled)) == (37, 38)
     indices, counts = np.unique(filled.rows["index"], return_counts=True)
     np.testing.assert_array_equal(indices, np.arange(301))
@@ -195,7 +195,7 @@ def test_filled_epochs_hold_every_picture():
     assert (len(same), len(again)) == (296, 3)
     # Where everything comes out even, there is nothing to choose.
     even = [
-        train_plan(sizes, PUBLISHED, SHAPES, batch_size=7, seed=3, epoch=2, last_batch=choice)
+        draw_plan(sizes, PUBLISHED, SHAPES, batch_size=7, seed=3, epoch=2, last_batch=choice)
         for choice in ("drop", "fill")
     ]
     assert even[0].rows.tobytes() == even[1].rows.tobytes()
@@ -206,37 +206,37 @@ def test_panoramas_bring_no_shape_of_their_own():
     whole = dataclasses.replace(PUBLISHED, crop_probability=0.0)
     shapes = search_shapes(sizes, whole, 12)
     for epoch in range(5):
-        plan = train_plan(sizes, whole, shapes, batch_size=16, seed=0, epoch=epoch)
+        plan = draw_plan(sizes, whole, shapes, batch_size=16, seed=0, epoch=epoch)
         assert set(map(tuple, plan.shapes_hw.tolist())) <= set(shapes)
         assert (plan.rows["size_hw"] <= plan.shapes_hw[:, None]).all()
-        alone = train_plan(sizes, whole, shapes, batch_size=1, seed=0, epoch=epoch).rows.ravel()
+        alone = draw_plan(sizes, whole, shapes, batch_size=1, seed=0, epoch=epoch).rows.ravel()
         drawn = dict(zip(alone["index"].tolist(), alone["size_hw"].tolist(), strict=True))
         changed = [row for row in plan.rows.ravel() if row["size_hw"].tolist() != drawn[row["index"]]]
         assert 0 < len(changed) < 16
 
 
-def test_parts_have_to_be_equal():
-    with pytest.raises(ValueError, match="a batch of 6 pictures cannot be cut in 4 equal parts"):
-        train_plan(SIZES, PUBLISHED, SHAPES, batch_size=6, accumulation_steps=4, seed=0, epoch=0)
+def test_micro_batches_have_to_be_equal():
+    with pytest.raises(ValueError, match="a batch of 6 pictures cannot be cut in 4 equal micro-batches"):
+        draw_plan(SIZES, PUBLISHED, SHAPES, batch_size=6, accumulation_steps=4, seed=0, epoch=0)
 
 
-def test_the_parts_of_a_step_have_shapes_of_their_own():
+def test_the_micro_batches_of_a_step_have_shapes_of_their_own():
     sizes, counts = np.tile(SIZES, (43, 1)), np.tile(np.arange(7), 43)  # 301
     settings = {"seed": 3, "epoch": 2, "object_counts": counts}
-    plan = train_plan(sizes, PUBLISHED, SHAPES, batch_size=48, accumulation_steps=6, **settings)
-    smaller = train_plan(sizes, PUBLISHED, SHAPES, batch_size=8, **settings)
-    assert plan.rows.shape == (36, 8)  # 6 steps; 13 pictures are left, although 8 of them would fill a part
+    plan = draw_plan(sizes, PUBLISHED, SHAPES, batch_size=48, accumulation_steps=6, **settings)
+    smaller = draw_plan(sizes, PUBLISHED, SHAPES, batch_size=8, **settings)
+    assert plan.rows.shape == (36, 8)  # 6 steps; 13 pictures are left, although 8 of them would fill a micro-batch
     assert len(np.unique(plan.rows["index"])) == 288
     assert (plan.rows["size_hw"] <= plan.shapes_hw[:, None]).all()
     shapes_of_step = [len(np.unique(shapes, axis=0)) for shapes in plan.shapes_hw.reshape(6, 6, 2)]
     assert min(shapes_of_step) > 1
-    # Each part is what a batch of its size would be.
+    # Each is what a batch of its size would be.
     assert real_pixels(plan) == pytest.approx(real_pixels(smaller), abs=0.02)
     assert set(plan.max_targets) <= set(target_sizes(counts, 8))
 
 
 def test_a_batch_larger_than_the_source_can_be_filled():
-    plan = train_plan(SIZES, PUBLISHED, SHAPES, batch_size=18, seed=0, epoch=0, last_batch="fill")
+    plan = draw_plan(SIZES, PUBLISHED, SHAPES, batch_size=18, seed=0, epoch=0, last_batch="fill")
     assert sorted(np.bincount(plan.rows["index"][0]).tolist()) == [2, 2, 2, 3, 3, 3, 3]
 
 
@@ -253,7 +253,7 @@ def test_epochs_need_a_batch():
     with pytest.raises(ValueError, match=r"3 pictures do not fill one batch of 4; .*batch_size, or .*last_batch=fill"):
         steps_per_epoch(3, 4, "drop")
     with pytest.raises(ValueError, match=r"config\.data\.last_batch is 'pad', expected one of drop, fill"):
-        train_plan(SIZES, PUBLISHED, SHAPES, batch_size=2, seed=0, epoch=0, last_batch="pad")
+        draw_plan(SIZES, PUBLISHED, SHAPES, batch_size=2, seed=0, epoch=0, last_batch="pad")
 
 
 def test_target_sizes_hold_most_batches_and_the_fullest():
@@ -265,31 +265,33 @@ def test_target_sizes_hold_most_batches_and_the_fullest():
     assert target_sizes(np.zeros(5, int), 2) == (4,)
 
 
-def test_targets_are_padded_alike_on_every_host():
+def test_targets_are_padded_alike_in_every_process():
     rng = np.random.default_rng(0)
     sizes, counts = np.tile(SIZES, (300, 1)), rng.geometric(0.1, 2100)
-    plan = train_plan(sizes, PUBLISHED, SHAPES, batch_size=6, seed=0, epoch=0, object_counts=counts)
+    plan = draw_plan(sizes, PUBLISHED, SHAPES, batch_size=6, seed=0, epoch=0, object_counts=counts)
     small, large = target_sizes(counts, 6)
     fullest = [max(counts[row["index"]] for row in batch) for batch in plan.rows]
     assert plan.max_targets.tolist() == [small if most <= small else large for most in fullest]
     assert 0.93 < np.mean(plan.max_targets == small) < 0.99
     assert large - 4 < counts.max() <= large
-    plain = train_plan(sizes, PUBLISHED, SHAPES, batch_size=6, seed=0, epoch=0)
-    assert plain.max_targets is None
+    plain = draw_plan(sizes, PUBLISHED, SHAPES, batch_size=6, seed=0, epoch=0)
+    assert (plain.max_targets == 4).all()
+    given = draw_plan(sizes, PUBLISHED, SHAPES, batch_size=6, epoch=0, object_counts=counts, max_targets=90)
+    assert (given.max_targets == 90).all()
     assert plain.rows.tobytes() == plan.rows.tobytes()
 
 
 def test_left_out_pictures_change_with_the_epoch():
     left_out = set()
     for epoch in range(60):
-        plan = train_plan(SIZES, PUBLISHED, SHAPES, batch_size=5, seed=0, epoch=epoch)
+        plan = draw_plan(SIZES, PUBLISHED, SHAPES, batch_size=5, seed=0, epoch=epoch)
         left_out |= set(range(7)) - set(plan.rows["index"].ravel())
     assert left_out == set(range(7))
 
 
 def test_plan_depends_on_seed_and_epoch_alone():
     def plan(seed, epoch, batch_size=4):
-        return train_plan(np.tile(SIZES, (8, 1)), PUBLISHED, SHAPES, batch_size=batch_size, seed=seed, epoch=epoch)
+        return draw_plan(np.tile(SIZES, (8, 1)), PUBLISHED, SHAPES, batch_size=batch_size, seed=seed, epoch=epoch)
 
     assert plan(3, 5).rows.tobytes() == plan(3, 5).rows.tobytes()
     assert plan(3, 5).shapes_hw.tobytes() == plan(3, 5).shapes_hw.tobytes()
@@ -300,27 +302,28 @@ def test_plan_depends_on_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize("last_batch", ["drop", "fill"])
-def test_hosts_parts_make_the_whole(last_batch):
-    """Each host makes its own plan; together they read what one would have read alone, and nothing twice."""
+def test_the_shares_of_processes_make_the_whole(last_batch):
+    """Each process makes its own plan; together they read what one would have read alone, and nothing twice."""
     plans = [
-        train_plan(np.tile(SIZES, (5, 1)), PUBLISHED, SHAPES, batch_size=6, seed=4, epoch=1, last_batch=last_batch)
+        draw_plan(np.tile(SIZES, (5, 1)), PUBLISHED, SHAPES, batch_size=6, seed=4, epoch=1, last_batch=last_batch)
         for _ in range(3)
     ]
     assert len(plans[0]) == {"drop": 5, "fill": 6}[last_batch]
     for batch in range(len(plans[0])):
-        parts = [plan.rows_for(batch, host, 3) for host, plan in enumerate(plans)]
-        assert [len(part) for part in parts] == [2, 2, 2]
-        assert np.concatenate(parts).tobytes() == plans[0].rows[batch].tobytes()
+        shares = [plan.rows_for(batch, process, 3) for process, plan in enumerate(plans)]
+        assert [len(share) for share in shares] == [2, 2, 2]
+        assert np.concatenate(shares).tobytes() == plans[0].rows[batch].tobytes()
 
 
 def test_evaluation_holds_every_picture_once():
-    plan = eval_plan(SIZES, 800, 1333, SHAPES, batch_size=2)
+    plan = eval_plan(SIZES, np.arange(7), 800, 1333, SHAPES, batch_size=2)
     assert [(tuple(s), r.tolist()) for s, r in zip(plan.shapes_hw, plan.rows["index"], strict=True)] == [
         ((1344, 800), [1, 6]),  # 6 would fit (1088, 800), and fills the batch
         ((800, 1344), [3, 5]),
         ((800, 1088), [0, 2]),
         ((800, 1088), [4, -1]),
     ]
+    assert plan.max_targets.tolist() == [8] * 4
     rows = plan.rows[plan.rows["index"] >= 0]
     assert not rows["flip"].any()
     assert not rows["crop"].any()
@@ -335,52 +338,67 @@ def test_smallest_shape():
 
 def test_redrawn_row_fits_and_repeats():
     shape, seen = (512, 608), []
+    settings = plan_settings([(480, 640)] * 40, PUBLISHED, [shape], seed=1, batch_size=1)
     for index in range(40):
-        row = redraw_row((480, 640), PUBLISHED, shape, seed=1, epoch=2, index=index)
+        row = redraw_row(settings, shape, 2, index)
         assert row["index"] == index
         assert (row["size_hw"] <= shape).all()
         assert row["size_hw"][1] == 608 or row["size_hw"][0] >= 480  # scaled down no further than needed
-        assert row == redraw_row((480, 640), PUBLISHED, shape, seed=1, epoch=2, index=index)
+        assert row == redraw_row(settings, shape, 2, index)
         seen.append(tuple(row["window"]))
     assert len(set(seen)) > 10  # about half of the 40 have a window, each another one
 
 
-def test_pictures_that_fit_no_shape_are_named():
-    too_small = ((800, 1088), (1088, 800), (1088, 1088))
-    no_crop = dataclasses.replace(PUBLISHED, crop_probability=0.0)
-    message = r"240 x 640 pixels \(height x width\) becomes 500 x 1333, .* none of the padded shapes \[\[800, 1088\]"
-    with pytest.raises(ValueError, match=message):
-        eval_plan(SIZES[5:], 800, 1333, too_small, batch_size=2)
-    with pytest.raises(ValueError, match="240 x 640 pixels"):
-        train_plan(SIZES[5:6], no_crop, too_small, batch_size=1, seed=0, epoch=0)
+def test_pictures_that_fit_no_shape_are_scaled_down():
+    """To the shape that shows most of them; the others keep the published rounding."""
+    shapes = ((240, 320), (320, 240), (320, 320))
+    elongated = np.array([(300, 100), (100, 300), (2000, 60), (60, 2000), (240, 320), (1, 4000)])
+    small = dataclasses.replace(PUBLISHED, crop_probability=0.0, short_sides_px=(240,), long_side_max_px=320)
+    expected = {0: [320, 106], 1: [106, 320], 2: [320, 9], 3: [9, 320], 4: [240, 320], 5: [1, 320]}
+    for plan in (
+        eval_plan(elongated, np.zeros(6, int), 240, 320, shapes, batch_size=1),
+        draw_plan(elongated, small, shapes, batch_size=1, epoch=0),
+    ):
+        assert {row["index"]: row["size_hw"].tolist() for row in plan.rows.ravel()} == expected
+    np.testing.assert_array_equal(fit_to_shapes(resized_hw(SIZES, 800, 1333), SHAPES), resized_hw(SIZES, 800, 1333))
+    assert fit_to_shapes([(321, 107), (500, 500)], [(320, 320), (200, 640)]).tolist() == [[320, 106], [320, 320]]
+    settings = plan_settings(elongated, small, shapes, batch_size=1)
+    assert may_be_scaled_down(settings).tolist() == [True] * 4 + [False, True]
 
 
-def test_shapes_are_checked_before_the_first_epoch():
-    check_shapes(SIZES, PUBLISHED, SHAPES)
-    with pytest.raises(ValueError, match="becomes 800 x 1066"):
-        check_shapes(SIZES[:1], PUBLISHED, [(800, 1065)])
+def test_what_may_be_scaled_down_is_known_before_the_first_epoch():
+    def found(sizes, shapes, **changes):
+        settings = plan_settings(sizes, dataclasses.replace(PUBLISHED, **changes), shapes, batch_size=1)
+        return may_be_scaled_down(settings).tolist()
+
+    assert found(SIZES, SHAPES) == [False] * 7
+    whole = {"crop_probability": 0.0}
+    assert found(SIZES[[0, 0, 1]], [(800, 1065), (1344, 800)], **whole) == [True, True, False]
     # Whole, a square picture needs 800 x 800, but the most elongated window of it 800 x 1250.
     square = np.array([(600, 600)])
-    check_shapes(square, dataclasses.replace(PUBLISHED, crop_probability=0.0), [(800, 800)])
+    assert found(square, [(800, 800)], **whole) == [False]
+    assert found(square, [(1344, 1240)]) == [True]
     # A picture that is always cropped need not fit as a whole.
-    check_shapes(SIZES[5:6], dataclasses.replace(PUBLISHED, crop_probability=1.0), [(1250, 1250)])
-    with pytest.raises(ValueError, match=r"600 x 600 pixels .* becomes 800 x 1250"):
-        check_shapes(square, PUBLISHED, [(1344, 1240)])
+    assert found(SIZES[5:6], [(1250, 1250)], crop_probability=1.0) == [False]
+    # The most elongated window of 200 x 600 becomes 444 x 1333, but one of 300 x 500 becomes 800 x 1333.
+    windows = {"crop_probability": 1.0, "crop_sides_px": (200, 600), "short_sides_px": (800,)}
+    assert found(square, [(448, 1344), (1344, 448), (1280, 800), (800, 1280)], **windows) == [True]
+    assert found(square, [(800, 1344), (1344, 800)], **windows) == [False]
 
 
 def test_what_fits_no_shape_together_is_scaled_down():
     """Two pictures that are not cropped, one upright and one lying, make one batch, and no shape of their own."""
     whole = dataclasses.replace(PUBLISHED, crop_probability=0.0, short_sides_px=(800,))
     sizes, shapes = np.array([(640, 480), (480, 640)]), [(1088, 800), (800, 1344)]
-    plan = train_plan(sizes, whole, shapes, batch_size=2, seed=0, epoch=0)
+    plan = draw_plan(sizes, whole, shapes, batch_size=2, seed=0, epoch=0)
     assert plan.shapes_hw.tolist() == [[1088, 800]]
     assert {row["index"]: row["size_hw"].tolist() for row in plan.rows[0]} == {0: [1066, 800], 1: [600, 800]}
     # Of longer shapes the one that shows most of both.
-    plan = train_plan(sizes, whole, [(1088, 800), (1056, 1088), (800, 1344)], batch_size=2, seed=0, epoch=0)
+    plan = draw_plan(sizes, whole, [(1088, 800), (1056, 1088), (800, 1344)], batch_size=2, seed=0, epoch=0)
     assert plan.shapes_hw.tolist() == [[1056, 1088]]
     assert {row["index"]: row["size_hw"].tolist() for row in plan.rows[0]} == {0: [1056, 792], 1: [800, 1066]}
     # The smallest that is listed comes first.
-    plan = train_plan(sizes, whole, [*shapes, (1120, 1120), (1344, 1344)], batch_size=2, seed=0, epoch=0)
+    plan = draw_plan(sizes, whole, [*shapes, (1120, 1120), (1344, 1344)], batch_size=2, seed=0, epoch=0)
     assert plan.shapes_hw.tolist() == [[1120, 1120]]
 
 

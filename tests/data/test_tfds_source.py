@@ -446,9 +446,7 @@ def test_a_set_like_voc(trees):
 def test_a_damaged_picture_is_named(trees):
     source = TfdsSource("trees", trees, "train")
     (i,) = [i for i, record in enumerate(source.records) if record.file_name == "cut.png"]
-    with pytest.raises(
-        BadPictureError, match=r"trees train: cut\.png: cannot read .*config\.data\.on_error = \"skip\""
-    ):
+    with pytest.raises(BadPictureError, match=r"trees train: cut\.png: cannot read "):
         source.load_image(i)
 
 

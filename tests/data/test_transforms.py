@@ -3,9 +3,16 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
+from published import draw_plan
 
-from cdetr_jax.data.plan import ROW, Augmentation, eval_plan, train_plan
-from cdetr_jax.data.transforms import apply_row, count_training_objects, resize_for_evaluation, training_objects
+from cdetr_jax.data.plan import ROW, Augmentation, eval_plan
+from cdetr_jax.data.transforms import (
+    count_training_objects,
+    resize_for_evaluation,
+    training_objects,
+    transform_boxes,
+    transform_picture,
+)
 from cdetr_jax.structs import Record
 
 HEIGHT, WIDTH = 53, 71
@@ -30,6 +37,10 @@ def _row(**fields):
     for name, value in fields.items():
         row[name] = value
     return row[()]
+
+
+def _apply(image, record, row):
+    return np.asarray(transform_picture(Image.fromarray(image), row)), *transform_boxes(record, row)
 
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
@@ -79,12 +90,10 @@ def test_drawn_rows_give_the_published_picture_and_boxes():
     corners = rng.uniform(-10, 60, (12, 2))
     record = _record(np.concatenate([corners, rng.uniform(-5, 30, (12, 2))], -1), is_crowd=rng.random(12) < 0.2)
     settings = Augmentation((40, 61, 79), 97, 0.5, 0.5, (45, 53), (20, 44))
-    rows = train_plan(np.tile((HEIGHT, WIDTH), (120, 1)), settings, [(97, 97)], batch_size=1, seed=0, epoch=0).rows[
-        :, 0
-    ]
+    rows = draw_plan(np.tile((HEIGHT, WIDTH), (120, 1)), settings, [(97, 97)], batch_size=1, seed=0, epoch=0).rows[:, 0]
     dropped = 0
     for row in rows:
-        image, boxes, category_ids = apply_row(IMAGE, record, row)
+        image, boxes, category_ids = _apply(IMAGE, record, row)
         expected = _published(IMAGE, record, row)
         np.testing.assert_array_equal(image, expected[0])
         np.testing.assert_array_equal(boxes, expected[1].astype(np.float32))
@@ -100,14 +109,14 @@ def test_published_sizes_give_the_published_picture_and_boxes():
     settings = Augmentation(tuple(range(480, 801, 32)), 1333, 0.5, 0.5, (400, 500, 600), (384, 600))
     sizes = [(480, 640), (640, 427), (218, 640)]
     rng = np.random.default_rng(2)
-    plan = train_plan(np.tile(sizes, (10, 1)), settings, [(1344, 1344)], batch_size=1, seed=1, epoch=0)
+    plan = draw_plan(np.tile(sizes, (10, 1)), settings, [(1344, 1344)], batch_size=1, seed=1, epoch=0)
     for row in plan.rows[:, 0]:
         height, width = sizes[row["index"] % 3]
         image = rng.integers(0, 256, (height, width, 3), np.uint8)
         corners = rng.uniform(-20, (width, height), (9, 2)).round(2)
         boxes = np.concatenate([corners, rng.uniform(-20, 300, (9, 2)).round(2)], -1)
         record = dataclasses.replace(_record(boxes, is_crowd=rng.random(9) < 0.2), height=height, width=width)
-        picture, boxes, category_ids = apply_row(image, record, row)
+        picture, boxes, category_ids = _apply(image, record, row)
         expected = _published(image, record, row)
         np.testing.assert_array_equal(picture, expected[0])
         np.testing.assert_array_equal(boxes, expected[1].astype(np.float32))
@@ -118,7 +127,7 @@ def test_published_sizes_give_the_published_picture_and_boxes():
 def test_flip_moves_boxes_with_their_pixels():
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     image[10:20, 5:35] = 255
-    flipped, boxes, _ = apply_row(image, _record([5, 10, 30, 10]), _row(flip=True, size_hw=(HEIGHT, WIDTH)))
+    flipped, boxes, _ = _apply(image, _record([5, 10, 30, 10]), _row(flip=True, size_hw=(HEIGHT, WIDTH)))
     assert (flipped[10:20, 36:66] == 255).all()
     assert flipped.sum() == image.sum()
     np.testing.assert_allclose(boxes, [[51 / 71, 15 / 53, 30 / 71, 10 / 53]], rtol=1e-6)
@@ -128,7 +137,7 @@ def test_crop_clips_boxes_and_drops_those_outside():
     row = _row(crop=True, first_hw=(106, 142), window=(20, 40, 50, 80), size_hw=(25, 20))
     # In the doubled picture: across the window's corner, inside, left of it, touching its right side from outside.
     record = _record([[15, 5, 15, 10], [30, 20, 10, 10], [0, 0, 20, 50], [60, 10, 5, 5]])
-    image, boxes, category_ids = apply_row(IMAGE, record, row)
+    image, boxes, category_ids = _apply(IMAGE, record, row)
     assert image.shape == (25, 20, 3)
     np.testing.assert_array_equal(category_ids, [10, 11])
     np.testing.assert_allclose(boxes, [[10 / 80, 5 / 50, 20 / 80, 10 / 50], [30 / 80, 30 / 50, 0.25, 0.4]], rtol=1e-6)
@@ -164,12 +173,12 @@ def test_objects_are_counted_as_they_are_used():
 @pytest.mark.parametrize("crop", [False, True])
 def test_pictures_without_objects(crop):
     row = _row(crop=crop, first_hw=(53, 71), window=(1, 2, 30, 40), size_hw=(31, 41))
-    image, boxes, category_ids = apply_row(IMAGE, _record([]), row)
+    image, boxes, category_ids = _apply(IMAGE, _record([]), row)
     assert (image.shape, boxes.shape, category_ids.shape) == ((31, 41, 3), (0, 4), (0,))
 
 
 def test_evaluation_resize_is_that_of_the_evaluation_plan():
-    row = eval_plan(np.array([(HEIGHT, WIDTH)]), 40, 60, [(64, 64)], batch_size=1).rows[0, 0]
-    image, _, _ = apply_row(IMAGE, _record([]), row)
+    row = eval_plan(np.array([(HEIGHT, WIDTH)]), np.array([0]), 40, 60, [(64, 64)], batch_size=1).rows[0, 0]
+    image, _, _ = _apply(IMAGE, _record([]), row)
     np.testing.assert_array_equal(resize_for_evaluation(IMAGE, 40, 60, (64, 64)), image)
     np.testing.assert_array_equal(image, np.array(Image.fromarray(IMAGE).resize((53, 40), Image.BILINEAR)))
