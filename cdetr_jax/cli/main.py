@@ -1,8 +1,13 @@
 """The `cdetr` command: help texts, then one call into the command that was asked for."""
 
 import argparse
+import difflib
 import importlib
+import re
 import sys
+from collections.abc import Iterable
+
+from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, whole
 
 WEIGHTS_HELP = """\
 SOURCE is one of
@@ -42,14 +47,14 @@ def parser() -> argparse.ArgumentParser:
         "train a detector, or go on with a run that was stopped",
         CONFIG_HELP + "\n\nexample:\n  cdetr train --config=configs/demo.py --workdir=runs/demo",
     )
-    train.add_argument("--config", required=True, metavar="FILE", help="recipe, such as configs/demo.py")
-    train.add_argument("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go")
+    train.add_argument("--config", required=True, type=name, metavar="FILE", help="recipe, such as configs/demo.py")
+    train.add_argument("--workdir", required=True, type=name, metavar="DIR", help="where checkpoints and metrics go")
     train.add_argument(
         "--multihost", action="store_true", help="this is one of several hosts, such as those of a TPU pod"
     )
 
     def add_weights(command: argparse.ArgumentParser, *names: str, **settings: object) -> None:
-        command.add_argument(*names, metavar="SOURCE", help="trained weights, see below", **settings)
+        command.add_argument(*names, type=name, metavar="SOURCE", help="trained weights, see below", **settings)
         command.add_argument(
             "--checkpoint", choices=("best", "latest"), default="best", help="of a run: best by AP (default), or latest"
         )
@@ -68,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_weights(evaluate, "--weights", "--workdir", required=True)
     evaluate.add_argument(
-        "--config", metavar="FILE", help="recipe with the pictures to evaluate on; default: the run's own"
+        "--config", type=name, metavar="FILE", help="recipe with the pictures to evaluate on; default: the run's own"
     )
 
     predict = add(
@@ -85,14 +90,22 @@ def parser() -> argparse.ArgumentParser:
         "  cdetr predict --weights=hf://microsoft/conditional-detr-resnet-50 street.jpg --output=found",
     )
     add_weights(predict, "--weights", "--workdir", required=True)
-    predict.add_argument("--output", required=True, metavar="DIR", help="where the drawings go; made if missing")
     predict.add_argument(
-        "--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score to keep, 0 to 1 (default: 0.5)"
+        "--output", required=True, type=name, metavar="DIR", help="where the drawings go; made if missing"
     )
     predict.add_argument(
-        "--from-eval", type=int, default=0, metavar="N", help="also the first N pictures of the run's evaluation set"
+        "--threshold", type=score, default=0.5, metavar="SCORE", help="lowest score to keep, 0 to 1 (default: 0.5)"
     )
-    predict.add_argument("pictures", nargs="*", metavar="PICTURE_OR_FOLDER", help="pictures, or folders of pictures")
+    predict.add_argument(
+        "--from-eval",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="also the first N pictures of the run's evaluation set",
+    )
+    predict.add_argument(
+        "pictures", nargs="*", type=name, metavar="PICTURE_OR_FOLDER", help="pictures, or folders of pictures"
+    )
 
     convert = add(
         "convert",
@@ -104,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
         "example:\n  cdetr convert runs/mine my-detector --to=hub",
     )
     add_weights(convert, "source")
-    convert.add_argument("destination", metavar="DESTINATION", help="folder, or for pth the file, to write")
+    convert.add_argument("destination", type=name, metavar="DESTINATION", help="folder, or for pth the file, to write")
     convert.add_argument("--to", required=True, choices=("hub", "pth", "orbax"), help="format, see below")
     convert.add_argument(
         "--without-timm", action="store_true", help="hub: name the backbone so that transformers loads it without timm"
@@ -120,11 +133,14 @@ def parser() -> argparse.ArgumentParser:
         "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds\n"
         "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds --archives=from_a_disk",
     )
-    prepare.add_argument("--dataset", required=True, metavar="NAME", help="as TFDS has it: coco/2017, voc/2007")
-    prepare.add_argument("--data_dir", required=True, metavar="DIR", help="TFDS's data_dir; made if missing")
+    prepare.add_argument(
+        "--dataset", required=True, type=name, metavar="NAME", help="as TFDS has it: coco/2017, voc/2007"
+    )
+    prepare.add_argument("--data_dir", required=True, type=name, metavar="DIR", help="TFDS's data_dir; made if missing")
     prepare.add_argument(
         "--archives",
         "--manual_dir",
+        type=name,
         metavar="DIR",
         help="folder of the archives that are there already, such as train2017.zip; what is missing is downloaded to "
         "it (default: downloads/archives in --data_dir)",
@@ -146,12 +162,21 @@ def parser() -> argparse.ArgumentParser:
     )
     add_weights(export, "--weights", required=True)
     export.add_argument("--to", required=True, choices=("stablehlo", "onnx"), help="format, see below")
-    export.add_argument("--output", required=True, metavar="FILE", help="file to write, such as detector.zip")
-    export.add_argument("--batch", default="any", metavar="N", help="pictures a call, a number or any (default: any)")
     export.add_argument(
-        "--size", metavar="HxW", help="of the padded pictures, in pixels (default: holds all that evaluation makes)"
+        "--output", required=True, type=name, metavar="FILE", help="file to write, such as detector.zip"
     )
-    export.add_argument("--top-k", type=int, metavar="K", help="detections a picture (default: the detector's own)")
+    export.add_argument(
+        "--batch", type=pictures_a_call, metavar="N", help="pictures a call, a number or any (default: any)"
+    )
+    export.add_argument(
+        "--size",
+        type=height_x_width,
+        metavar="HxW",
+        help="of the padded pictures, in pixels (default: holds all that evaluation makes)",
+    )
+    export.add_argument(
+        "--top-k", type=whole(1), metavar="K", help="detections a picture (default: the detector's own)"
+    )
 
     benchmark = add(
         "benchmark",
@@ -164,12 +189,18 @@ def parser() -> argparse.ArgumentParser:
         "  cdetr benchmark input --config=configs/conditional_detr_r50.py --config.data.workers=4",
     )
     benchmark.add_argument("what", nargs="?", choices=("step", "input"), default="step", help="see below")
-    benchmark.add_argument("--config", required=True, metavar="FILE", help="recipe whose model, or data, is timed")
-    benchmark.add_argument("--batch", type=int, default=2, metavar="N", help="pictures a step (default: 2)")
-    benchmark.add_argument("--size", default="480x640", metavar="HxW", help="in pixels (default: 480x640)")
-    benchmark.add_argument("--targets", type=int, default=7, metavar="N", help="objects a picture (default: 7)")
-    benchmark.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default: 10)")
-    benchmark.add_argument("--batches", type=int, default=40, metavar="N", help="input: timed batches (default: 40)")
+    benchmark.add_argument(
+        "--config", required=True, type=name, metavar="FILE", help="recipe whose model, or data, is timed"
+    )
+    benchmark.add_argument("--batch", type=whole(1), default=2, metavar="N", help="pictures a step (default: 2)")
+    benchmark.add_argument(
+        "--size", type=height_x_width, default="480x640", metavar="HxW", help="in pixels (default: 480x640)"
+    )
+    benchmark.add_argument("--targets", type=whole(1), default=7, metavar="N", help="objects a picture (default: 7)")
+    benchmark.add_argument("--steps", type=whole(1), default=10, metavar="N", help="timed steps (default: 10)")
+    benchmark.add_argument(
+        "--batches", type=whole(1), default=40, metavar="N", help="input: timed batches (default: 40)"
+    )
     benchmark.add_argument("--step", action="store_true", help="input: also time train steps at the mean area")
     benchmark.add_argument(
         "--plain", action="store_true", help="input: also time a straightforward loader of one process and thread"
@@ -180,19 +211,49 @@ def parser() -> argparse.ArgumentParser:
 TAKES_CONFIG_FIELDS = ("train", "evaluate", "benchmark")
 
 
+def _check_names(main: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Ends with what was perhaps meant, at the first command or option that there is not."""
+    commands = next(action.choices for action in main._actions if action.choices)
+    if not argv:
+        main.error(f"name a command: {', '.join(commands)}; see `cdetr --help`")
+    command = argv[0]
+    if command not in commands:
+        if not command.startswith("-"):
+            main.error(f"unknown command {command!r}{_suggestion(command, commands)}; see `cdetr --help`")
+        return
+    known = commands[command]._option_string_actions
+    for word in argv[1 : argv.index("--") if "--" in argv else None]:
+        option = word.partition("=")[0]
+        if re.match("--[a-zA-Z]", word) and option not in known and not option.startswith("--config."):
+            meant = _suggestion(option, known)
+            commands[command].error(f"unknown argument {word!r}{meant}; see `cdetr {command} --help`")
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    return "".join(f"; did you mean {meant}?" for meant in difflib.get_close_matches(word, list(known), n=1))
+
+
 def run(argv: list[str] | None = None) -> None:
     """Entry point of the console script. A user's mistake is one line and exit status 1; 130 after Ctrl-C."""
-    arguments, rest = parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    main = parser()
+    _check_names(main, argv)
+    arguments, rest = main.parse_known_args(argv)
     fields = [field for field in rest if field.startswith("--config.")]
     unknown = [word for word in rest if word not in fields]
     if unknown or (fields and arguments.command not in TAKES_CONFIG_FIELDS):
-        parser().error(f"unknown argument {(unknown or fields)[0]!r}; see `cdetr {arguments.command} --help`")
+        main.error(f"unknown argument {(unknown or fields)[0]!r}; see `cdetr {arguments.command} --help`")
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError) as error:
         message = "; ".join([str(error), *getattr(error, "__notes__", [])])
         print(f"cdetr {arguments.command}: error: {message}", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError as error:
+        print(
+            f"cdetr {arguments.command}: error: out of memory: {error}; use smaller sizes or batches", file=sys.stderr
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
