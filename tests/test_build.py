@@ -29,68 +29,6 @@ def changed(**fields):
     return config
 
 
-# ------------------------------------------------------------------------------------------------- check_config
-
-
-@pytest.mark.parametrize("recipe", ["common", *RECIPES])
-def test_every_recipe_passes(recipe):
-    build.check_config(importlib.import_module(f"configs.{recipe}").get_config(), device_count=1)
-
-
-@pytest.mark.parametrize("field", list(build.CHOICES))
-def test_a_choice_that_there_is_not(field):
-    with pytest.raises(ValueError, match=rf"^config\.{field} is 'hexagon', expected one of ") as error:
-        build.check_config(changed(**{field.replace(".", "__"): "hexagon"}), 1)
-    assert all(choice in str(error.value) for choice in build.CHOICES[field])
-
-
-@pytest.mark.parametrize("field", build.AT_LEAST_ONE)
-def test_a_number_below_one(field):
-    with pytest.raises(ValueError, match=rf"^config\.{field} is 0, expected at least 1$"):
-        build.check_config(changed(**{field.replace(".", "__"): 0}), 1)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"model__width": 254, "model__num_heads": 2}, "config.model.width is 254; it must be a multiple of 4"),
-        ({"model__width": 256, "model__num_heads": 7}, "and of config.model.num_heads, 7"),
-        ({"model__frozen_stages": 6}, "config.model.frozen_stages is 6, expected 0 to 5"),
-        ({"model__frozen_stages": -1}, "config.model.frozen_stages is -1, expected 0 to 5"),
-        ({"model__dropout": 1.0}, "config.model.dropout is 1.0, expected a number from 0 up to 1"),
-        ({"model__dropout": -0.1}, "config.model.dropout is -0.1, expected a number from 0 up to 1"),
-        ({"optimizer__ema_decay": 1.0}, "config.optimizer.ema_decay is 1.0, expected 0, or up to 1"),
-        (
-            {"matcher__class_cost": 0.0, "matcher__l1_cost": 0.0, "matcher__giou_cost": 0.0},
-            "all three costs of config.matcher are 0: any assignment would do; set at least one",
-        ),
-    ],
-)
-def test_a_number_out_of_range(fields, message):
-    with pytest.raises(ValueError, match=message):
-        build.check_config(changed(**fields), 1)
-
-
-@pytest.mark.parametrize(
-    ("batch", "parts", "devices", "message"),
-    [
-        (30, 1, 8, "config.train.batch_size 30 is not divisible by 8 devices .*accumulation_steps 1; use 24 or 32"),
-        (16, 3, 1, "config.train.batch_size 16 is not divisible by 1 devices .*accumulation_steps 3; use 15 or 18"),
-        (20, 3, 4, "config.train.batch_size 20 is not divisible by 4 devices .*accumulation_steps 3; use 12 or 24"),
-        (3, 1, 5, "config.train.batch_size 3 is not divisible by 5 devices .*accumulation_steps 1; use 5$"),
-    ],
-)
-def test_a_batch_that_does_not_divide(batch, parts, devices, message):
-    config = changed(train__batch_size=batch, train__accumulation_steps=parts, eval__batch_size=40)
-    with pytest.raises(ValueError, match=message):
-        build.check_config(config, devices)
-
-
-def test_an_evaluation_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"config\.eval\.batch_size 7 is not divisible by 4 devices; use 8"):
-        build.check_config(changed(eval__batch_size=7), 4)
-
-
 # -------------------------------------------------------------------------------------------------- make_source
 
 
