@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from cdetr_jax import build
 from cdetr_jax.classes import class_table
@@ -42,6 +43,42 @@ def test_an_empty_field_is_named(split, images, annotations):
         build.make_source(config, split)
     assert f"they are {images!r} and {annotations!r}" in str(error.value)
     assert f"--config.data.{split}_annotations=..." in str(error.value)
+
+
+def test_without_evaluation_pictures_the_error_says_how_to_do_without():
+    for source in ("coco_folder", "coco_folder+tfds", "tfds"):
+        config = changed(data__source=source, data__eval_images="", data__eval_annotations="", data__eval_split="")
+        with pytest.raises(ValueError, match=r"or train without evaluation: --config\.eval\.every_epochs=0$"):
+            build.make_source(config, "eval")
+
+
+def test_a_path_may_have_a_comma_and_commas_part_paths(tmp_path):
+    for folder in ("my,pictures", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{folder}.png")
+        content = {
+            "images": [{"id": 1, "file_name": f"{folder}.png", "width": 8, "height": 8}],
+            "annotations": [],
+            "categories": [{"id": 1, "name": "a"}],
+        }
+        (tmp_path / folder / "a.json").write_text(json.dumps(content))
+    folder = f"{tmp_path}/my,pictures"
+    config = changed(data__train_images=folder, data__train_annotations=f"{folder}/a.json")
+    assert build.make_source(config, "train").records[0].file_name == "my,pictures.png"
+    b = f"{tmp_path}/b"
+    config = changed(data__train_images=f"{b},{b}", data__train_annotations=f"{b}/a.json, {b}/a.json")
+    assert len(build.make_source(config, "train")) == 2
+
+
+@pytest.mark.parametrize(("devices", "rows"), [(1, 3), (2, 4), (8, 8)])
+def test_an_evaluation_batch_is_rounded_up_to_the_devices(devices, rows):
+    config = demo.get_config()
+    config.eval.batch_size = 3
+    config.data.synthetic.eval_pictures = 5
+    with contextlib.closing(build.make_eval_batches(config, build.make_source(config, "eval"), (0, 1), devices)) as all:
+        index = [batch.index for batch in all]
+    assert {len(some) for some in index} == {rows}
+    assert sorted(i for some in index for i in some if i >= 0) == [0, 1, 2, 3, 4]
 
 
 def test_a_folder_that_is_not_there(tmp_path):

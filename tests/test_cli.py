@@ -143,14 +143,19 @@ DEMO = "--config=configs/demo.py"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["trian"], "invalid choice: 'trian'"),
+        ([], "name a command: train, evaluate, predict, convert, prepare, export, benchmark; see `cdetr --help`"),
+        (["trian"], "unknown command 'trian'; did you mean train?; see"),
+        (["train", "--workdri=w"], "unknown argument '--workdri=w'; did you mean --workdir?; see `cdetr train --help`"),
+        (["train", DEMO, "--workdir="], "argument --workdir: '' is empty, expected a name"),
         (["train", DEMO], "the following arguments are required: --workdir"),
         (["train", DEMO, "--workdir=w", "--lr=3"], "unknown argument '--lr=3'; see `cdetr train --help`"),
         (["train", DEMO, "--workdir=w", "stray"], "unknown argument 'stray'"),
-        (["train", DEMO, "--work=w"], "required: --workdir"),  # no abbreviations
+        (["train", DEMO, "--work=w"], "unknown argument '--work=w'; did you mean --workdir?"),  # no abbreviations
         (["predict", "--workdir=w", "--output=o", "--config.seed=1"], "unknown argument '--config.seed=1'"),
-        (["predict", "--workdir=w", "--output=o", "--threshold=half"], "argument --threshold: invalid float value"),
+        (
+            ["predict", "--workdir=w", "--output=o", "--threshold=half"],
+            "argument --threshold: 'half', expected a score",
+        ),
         (["evaluate", "--workdir=w", "--checkpoint=first"], "argument --checkpoint: invalid choice: 'first'"),
         (["evaluate", "--checkpoint=best"], "the following arguments are required: --weights/--workdir"),
         (["convert", "w", "folder"], "the following arguments are required: --to"),
@@ -182,13 +187,14 @@ def test_an_export_stays_on_this_machine(bucket, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.optimizer.lrr=1"], 'there is no such config field: \'lrr\' Did you mean "lr" instead of "lrr"?'),
-        (["--config.optimiser.lr=1"], 'Did you mean "optimizer" instead of "optimiser"?'),
+        (["--config.optimizer.lrr=1"], "there is no config.optimizer.lrr; did you mean --config.optimizer.lr?"),
         (["--config.train.batch_size=many"], "config.train.batch_size"),
         (["--config.train.batch_size=2.5"], "config.train.batch_size"),
         (["--config.model.backbone=resnet19"], "config.model.backbone is 'resnet19', expected one of resnet18, "),
         (["--config.train.batch_size=5"], "config.train.batch_size 5 is not divisible by 2 devices"),
         (["--config.data.source=coco_folder", "--config.data.train_images="], "must name a folder of pictures"),
+        (["--config.train.max_steps=0"], "config.train.max_steps is 0, expected None or a whole number from 1"),
+        (["--config.data.short_sides_px=abc"], "config.data.short_sides_px is 'abc', expected sides in pixels"),
     ],
 )
 def test_wrong_config_fields(arguments, message, capsys, tmp_path):
@@ -222,6 +228,40 @@ def test_a_schedule_that_there_is_not(capsys, tmp_path):
     assert "there is no recipe for 13 epochs, only for 12, 36, 50, 75, 108" in error
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "SyntaxError: invalid syntax (mine.py, line 1)"),
+        ("import confgs\n", "ModuleNotFoundError: No module named 'confgs', in line 1"),
+        ("config = 3", "it has no function get_config; configs/demo.py shows how one looks"),
+        ("def get_config():\n    return {}['a']", "KeyError: 'a', in line 2"),
+        ("def get_config():\n    return {}", "its get_config returned dict, expected a ConfigDict"),
+        ("def get_config(epochs):\n    pass", "its get_config needs an argument: --config=mine.py:ARGUMENT"),
+    ],
+)
+def test_a_recipe_that_is_none(text, message, capsys, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    error = fails(capsys, ["train", f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/w"])
+    assert error == f"cdetr train: error: {tmp_path}/mine.py cannot be read: {message}\n"
+
+
+def test_a_colon_where_the_recipe_takes_none(capsys, tmp_path):
+    error = fails(capsys, ["train", f"{DEMO}:12", f"--workdir={tmp_path}"])
+    assert "configs/demo.py:12 cannot be read: its get_config takes nothing after a colon" in error
+
+
+def test_a_workdir_that_cannot_be_written_to(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for workdir in ("file", "file/run"):
+        error = fails(capsys, ["train", DEMO, f"--workdir={tmp_path}/{workdir}"])
+        assert error.endswith(
+            f"{tmp_path}/file is a file, so {tmp_path}/{workdir} cannot be a folder; name another one\n"
+        )
+    monkeypatch.setattr("os.access", lambda *_: False)  # the tests' user may write anywhere
+    error = fails(capsys, ["train", DEMO, f"--workdir={tmp_path}/w"])
+    assert f"{tmp_path}/w: {tmp_path} cannot be written to; use another folder" in error
+
+
 def test_a_schedule_after_the_colon_is_used(capsys, tmp_path):
     fields = ["--config.data.train_images=", "--config.model.backbone=resnet18"]
     arguments = ["train", "--config=configs/conditional_detr_r50.py:12", f"--workdir={tmp_path}", *fields]
@@ -242,14 +282,14 @@ def test_a_folder_that_is_no_workdir(command, capsys, tmp_path):
 
 @pytest.mark.parametrize("size", ["480", "axb", "480x640x3"])
 def test_benchmark_of_a_wrong_size(size, capsys):
-    error = fails(capsys, ["benchmark", DEMO, f"--size={size}"])
-    assert f"--size is '{size}', expected height x width in pixels, such as 480x640" in error
+    error = fails(capsys, ["benchmark", DEMO, f"--size={size}"], status=2)
+    assert f"argument --size: '{size}', expected height x width in pixels" in error
 
 
 @pytest.mark.parametrize("threshold", ["1.5", "-0.1", "nan"])
 def test_a_threshold_out_of_range(threshold, capsys, tmp_path):
     arguments = ["predict", f"--workdir={tmp_path}", f"--output={tmp_path}", f"--threshold={threshold}", "a.png"]
-    assert f"--threshold is {threshold}, expected a score from 0 to 1" in fails(capsys, arguments)
+    assert f"argument --threshold: '{threshold}', expected a score from 0 to 1" in fails(capsys, arguments, status=2)
 
 
 # ---------------------------------------------------------------------------------------------- train and evaluate
@@ -275,7 +315,7 @@ def test_evaluate_prints_the_table_of_the_run(trained, capsys):
 
 def test_evaluate_refuses_a_field_that_is_not_there(trained, capsys):
     error = fails(capsys, ["evaluate", f"--workdir={trained}", "--config.eval.batchsize=2"])
-    assert 'Did you mean "batch_size" instead of "batchsize"?' in error
+    assert "there is no config.eval.batchsize; did you mean --config.eval.batch_size?" in error
 
 
 def test_train_again_with_another_model_is_refused(trained, capsys):

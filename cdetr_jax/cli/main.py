@@ -230,7 +230,8 @@ def _check_names(main: argparse.ArgumentParser, argv: list[str]) -> None:
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
-    return "".join(f"; did you mean {meant}?" for meant in difflib.get_close_matches(word, list(known), n=1))
+    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def run(argv: list[str] | None = None) -> None:
