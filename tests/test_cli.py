@@ -103,14 +103,18 @@ def fails(capsys, arguments, status=1):
             ["SOURCE DESTINATION", "--to {hub,pth,orbax}", "--without-timm", "--checkpoint", "--config.init"],
         ),
         (["benchmark"], ["--config FILE", "--batch N", "--size HxW", "--targets N", "--steps N"]),
+        (["prepare"], ["--dataset NAME", "--archives"]),
+        (["export"], ["--size HxW"]),
     ],
 )
-def test_help(command, expected, capsys):
+def test_help(command, expected, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         run([*command, "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert [words for words in expected if words not in text] == []
+    assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
 def test_help_imports_nothing_heavy():

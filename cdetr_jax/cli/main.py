@@ -9,19 +9,24 @@ from collections.abc import Iterable
 
 from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, whole
 
+# Epilogues are printed as they are: at most 79 characters a line.
 WEIGHTS_HELP = """\
 SOURCE is one of
-  runs/demo                                 the workdir of a run
-  runs/demo/checkpoints/1000                one of its checkpoints
-  hf://microsoft/conditional-detr-resnet-50 a model of the hub, downloaded once (add @REVISION for another one)
-  folder/ or model.safetensors              the same as local files
-  ConditionalDETR_r50.pth                   a file of the authors', or of facebookresearch/detr (needs PyTorch)"""
+  runs/demo                   the workdir of a run
+  runs/demo/checkpoints/1000  one of its checkpoints
+  hf://microsoft/conditional-detr-resnet-50
+                              a model of the hub, downloaded once (add
+                              @REVISION for another one)
+  folder/, model.safetensors  the same as local files
+  ConditionalDETR_r50.pth     a file of the authors', or of
+                              facebookresearch/detr (needs PyTorch)"""
 
 CONFIG_HELP = """\
 every field of the config can be set on the command line, for example
-  --config.optimizer.lr=2e-4   --config.train.batch_size=8   --config.seed=1
-configs/common.py lists the fields, what they mean and their published values; those of the model are in
-cdetr_jax/models/detector.py."""
+  --config.optimizer.lr=2e-4  --config.train.batch_size=8  --config.seed=1
+configs/common.py lists the fields, what they mean and their published values;
+those of the model are in cdetr_jax/models/detector.py. Of a field that is set
+twice the last value counts."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
         "print COCO's 12 numbers and the AP of every class",
         WEIGHTS_HELP + "\n\n" + CONFIG_HELP + "\n\nexamples:\n"
         "  cdetr evaluate --weights=runs/demo\n"
-        "  cdetr evaluate --weights=hf://microsoft/conditional-detr-resnet-50 --config=configs/conditional_detr_r50.py",
+        "  cdetr evaluate --weights=hf://microsoft/conditional-detr-resnet-50 \\\n"
+        "      --config=configs/conditional_detr_r50.py",
     )
     add_weights(evaluate, "--weights", "--workdir", required=True)
     evaluate.add_argument(
@@ -79,15 +85,19 @@ def parser() -> argparse.ArgumentParser:
     predict = add(
         "predict",
         "find the objects in pictures, draw them and write predictions.json",
-        "DIR gets one drawing a picture, sheet.png with the first 16 of them, and predictions.json in COCO's results\n"
-        "format with each picture's file name and each object's class name. Drawings are called as their pictures,\n"
-        "with a number where two would meet, or where DIR holds another file of that name: neither a picture nor any\n"
-        "other file is written over, but the drawings and predictions.json of an earlier call are. A folder is\n"
-        "searched with the folders in it, but for DIR. Pictures may have any size; boxes are clipped to them.\n"
-        "image_id is the number of the picture, from 1. Pictures of --from-eval keep their ids in the evaluation set,\n"
-        "and the others are then numbered from above its largest id.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
+        "DIR gets one drawing a picture, sheet.png with the first 16 of them, and\n"
+        "predictions.json in COCO's results format with each picture's file name and\n"
+        "each object's class name. Drawings are called as their pictures, with a number\n"
+        "where two would meet, or where DIR holds another file of that name: neither a\n"
+        "picture nor any other file is written over, but the drawings and\n"
+        "predictions.json of an earlier call are. A folder is searched with the folders\n"
+        "in it, but for DIR. Pictures may have any size; boxes are clipped to them.\n"
+        "image_id is the number of the picture, from 1. Pictures of --from-eval keep\n"
+        "their ids in the evaluation set, and the others are then numbered from above\n"
+        "its largest id.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
         "  cdetr predict --weights=runs/demo street.jpg holiday/ --output=found\n"
-        "  cdetr predict --weights=hf://microsoft/conditional-detr-resnet-50 street.jpg --output=found",
+        "  cdetr predict --weights=hf://microsoft/conditional-detr-resnet-50 \\\n"
+        "      street.jpg --output=found",
     )
     add_weights(predict, "--weights", "--workdir", required=True)
     predict.add_argument(
@@ -111,9 +121,11 @@ def parser() -> argparse.ArgumentParser:
         "convert",
         "write trained weights in another format",
         WEIGHTS_HELP + "\n\nformats:\n"
-        "  hub    a folder that transformers loads: model.safetensors, config.json, preprocessor_config.json\n"
+        "  hub    a folder that transformers loads: model.safetensors, config.json,\n"
+        "         preprocessor_config.json\n"
         "  pth    the layout of the authors' files (needs PyTorch)\n"
-        "  orbax  a workdir of ours, to predict, evaluate, or start a run from with --config.init\n\n"
+        "  orbax  a workdir of ours, to predict, evaluate, or start a run from with\n"
+        "         --config.init\n\n"
         "example:\n  cdetr convert runs/mine my-detector --to=hub",
     )
     add_weights(convert, "source")
@@ -126,12 +138,14 @@ def parser() -> argparse.ArgumentParser:
     prepare = add(
         "prepare",
         "download a TFDS set once and write it so that it can be read at random",
-        "Needs TFDS: pip install cdetr_jax[tfds]. Says first how much disk it takes. Interrupted, it goes on when\n"
-        "called again. Without a network, put the set's archives under their published names in a folder and name\n"
-        "that with --archives. Pictures with a COCO JSON need no preparation: see --config.data.source=coco_folder.\n\n"
+        "Needs TFDS: pip install cdetr_jax[tfds]. Says first how much disk it takes.\n"
+        "Interrupted, it goes on when called again. Without a network, put the set's\n"
+        "archives under their published names in a folder and name that with\n"
+        "--archives. Pictures with a COCO JSON need no preparation: see\n"
+        "--config.data.source=coco_folder.\n\n"
         "examples:\n"
         "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds\n"
-        "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds --archives=from_a_disk",
+        "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds \\\n      --archives=from_a_disk",
     )
     prepare.add_argument(
         "--dataset", required=True, type=name, metavar="NAME", help="as TFDS has it: coco/2017, voc/2007"
@@ -180,13 +194,15 @@ def parser() -> argparse.ArgumentParser:
 
     benchmark = add(
         "benchmark",
-        "time the parts of a train step and the inference on this machine, or the reading of pictures",
-        "  step   (default) a train step and the inference, on made-up pictures of one size\n"
-        "  input  reading the training pictures: images a second and a core, share of real pixels, and the\n"
-        "         time of each stage; with --step against what a train step on this machine eats, with --plain\n"
-        "         against a straightforward loader, in turns\n\n" + CONFIG_HELP + "\n\nexamples:\n"
-        "  cdetr benchmark --config=configs/conditional_detr_r50.py --batch=2 --size=480x640\n"
-        "  cdetr benchmark input --config=configs/conditional_detr_r50.py --config.data.workers=4",
+        "time a train step and the inference, or the reading of pictures",
+        "  step   (default) the parts of a train step and the inference, on made-up\n"
+        "         pictures of one size\n"
+        "  input  reading the training pictures: images a second and a core, share of\n"
+        "         real pixels, and the time of each stage; with --step against what a\n"
+        "         train step on this machine eats, with --plain against a\n"
+        "         straightforward loader, in turns\n\n" + CONFIG_HELP + "\n\nexamples:\n"
+        "  cdetr benchmark --config=configs/conditional_detr_r50.py --size=480x640\n"
+        "  cdetr benchmark input --config=configs/conditional_detr_r50.py --step",
     )
     benchmark.add_argument("what", nargs="?", choices=("step", "input"), default="step", help="see below")
     benchmark.add_argument(
