@@ -263,14 +263,10 @@ def run(argv: list[str] | None = None) -> None:
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError, MemoryError) as error:
+        out_of_memory = "out of memory: " if isinstance(error, MemoryError) else ""
         message = "; ".join([str(error), *getattr(error, "__notes__", [])])
-        print(f"cdetr {arguments.command}: error: {message}", file=sys.stderr)
-        sys.exit(1)
-    except MemoryError as error:
-        print(
-            f"cdetr {arguments.command}: error: out of memory: {error}; use smaller sizes or batches", file=sys.stderr
-        )
+        print(f"cdetr {arguments.command}: error: {out_of_memory}{message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
