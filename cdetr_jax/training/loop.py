@@ -180,7 +180,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     return summary
 
 
-def _train_devices(config: ml_collections.ConfigDict) -> list[jax.Device]:
+def _train_devices(config: ml_collections.ConfigDict) -> tuple[jax.Device, ...]:
     """The local devices that a batch is spread over, see `count_train_devices`. Raises: ValueError."""
     devices, batch_size = jax.local_devices(), config.train.batch_size
     count = count_train_devices(batch_size, config.train.accumulation_steps, len(devices), jax.process_count())
@@ -189,7 +189,7 @@ def _train_devices(config: ml_collections.ConfigDict) -> list[jax.Device]:
             "config.train.batch_size %d uses %d of %d devices, a picture each; use a multiple of %d for all",
             batch_size, count, len(devices), len(devices) * config.train.accumulation_steps,
         )  # fmt: skip
-    return devices[:count]
+    return tuple(devices[:count])
 
 
 def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics:
