@@ -1,4 +1,4 @@
-"""The one place that turns a config into objects, and checks its fields against each other."""
+"""The one place that turns a config into objects."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ from cdetr_jax.data.buckets import bucket_of, by_area
 from cdetr_jax.data.joined import JoinedSource
 from cdetr_jax.data.pipeline import Batches, eval_batches, sizes_hw, train_batches
 from cdetr_jax.data.plan import (
-    LAST_BATCH,
     Augmentation,
     EpochPlan,
     PlanSettings,
@@ -27,98 +26,16 @@ from cdetr_jax.data.sources import CocoFolder, Source
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.tfds_source import TfdsSource
 from cdetr_jax.data.transforms import count_training_objects
+from cdetr_jax.files import as_path
 from cdetr_jax.losses.criterion import LossSettings
 from cdetr_jax.matching.cost import CostSettings
 from cdetr_jax.models.detector import DetectionTransformer, model_of
-from cdetr_jax.models.resnet import NORMS, STAGE_SIZES, frozen_modules
-from cdetr_jax.models.transformer import REFERENCE_POINTS, SPATIAL_QUERIES, TRANSFORMATIONS
+from cdetr_jax.models.resnet import frozen_modules
 from cdetr_jax.training.optimizer import make_optimizer, step_schedule
 from cdetr_jax.training.step import StepFunctions
 
-CHOICES = {
-    "model.decoder": ("conditional", "detr"),
-    "model.backbone": tuple(STAGE_SIZES),
-    "model.backbone_norm": tuple(NORMS),
-    "model.class_loss": ("focal", "softmax"),
-    "model.reference_point": REFERENCE_POINTS,
-    "model.spatial_query": SPATIAL_QUERIES,
-    "model.transformation": TRANSFORMATIONS,
-    "model.compute_dtype": ("float32", "bfloat16"),
-    "model.matmul_precision": ("default", "high", "highest"),
-    "data.source": ("coco_folder", "tfds", "coco_folder+tfds", "synthetic"),
-    "data.class_ids": ("category_id", "contiguous"),
-    "data.last_batch": LAST_BATCH,
-}
-
-AT_LEAST_ONE = (
-    "model.backbone_width",
-    "model.width",
-    "model.num_heads",
-    "model.ffn_width",
-    "model.decoder_layers",
-    "model.num_queries",
-    "data.num_train_shapes",
-    "data.num_eval_shapes",
-    "train.batch_size",
-    "train.accumulation_steps",
-    "train.num_epochs",
-    "train.log_every_steps",
-    "train.checkpoint_every_steps",
-    "train.keep_checkpoints",
-    "eval.batch_size",
-    "eval.top_k",
-)
-
-
-def check_config(config: ml_collections.ConfigDict, device_count: int) -> None:
-    """Checks what can be checked without data.
-
-    Raises: ValueError, naming the field, what it holds and what was expected.
-    """
-    for field, choices in CHOICES.items():
-        value = _get(config, field)
-        if value not in choices:
-            raise ValueError(f"config.{field} is {value!r}, expected one of {', '.join(choices)}")
-    for field in AT_LEAST_ONE:
-        if _get(config, field) < 1:
-            raise ValueError(f"config.{field} is {_get(config, field)}, expected at least 1")
-    model, train = config.model, config.train
-    if model.width % model.num_heads or model.width % 4:
-        raise ValueError(
-            f"config.model.width is {model.width}; it must be a multiple of 4 (sine and cosine of x and y) and of "
-            f"config.model.num_heads, {model.num_heads}"
-        )
-    if model.spatial_query == "t" and model.transformation not in ("scalar", "diagonal"):
-        raise ValueError(
-            f"config.model.spatial_query 't' is lambda_q alone, a vector, but config.model.transformation is "
-            f"{model.transformation!r}; use 'scalar' or 'diagonal'"
-        )
-    if not 0 <= model.frozen_stages <= 5:
-        raise ValueError(f"config.model.frozen_stages is {model.frozen_stages}, expected 0 to 5")
-    if not 0 <= model.dropout < 1:
-        raise ValueError(f"config.model.dropout is {model.dropout}, expected a number from 0 up to 1")
-    if not 0 <= config.optimizer.ema_decay < 1:
-        raise ValueError(f"config.optimizer.ema_decay is {config.optimizer.ema_decay}, expected 0, or up to 1")
-    if config.matcher.class_cost == config.matcher.l1_cost == config.matcher.giou_cost == 0:
-        raise ValueError("all three costs of config.matcher are 0: any assignment would do; set at least one")
-    parts = train.accumulation_steps * device_count
-    if train.batch_size % parts:
-        below, above = train.batch_size // parts * parts, (train.batch_size // parts + 1) * parts
-        advice = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"config.train.batch_size {train.batch_size} is not divisible by {device_count} devices times "
-            f"config.train.accumulation_steps {train.accumulation_steps}; use {advice}"
-        )
-    if config.eval.batch_size % device_count:
-        above = (config.eval.batch_size // device_count + 1) * device_count
-        raise ValueError(
-            f"config.eval.batch_size {config.eval.batch_size} is not divisible by {device_count} devices; use {above}"
-        )
-
-
-def _get(config: ml_collections.ConfigDict, field: str) -> Any:
-    group, name = field.split(".")
-    return config[group][name]
+# How `train` does without a split.
+_OR_WITHOUT = {"train": "", "eval": "; or train without evaluation: --config.eval.every_epochs=0"}
 
 
 def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
@@ -142,13 +59,15 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
     if "tfds" in data.source:
         parts += [(f"{name} {part}", TfdsSource(name, data.tfds_data_dir, part)) for name, part in _sets(data, split)]
     if not parts:
-        raise ValueError(f"config.data has no data for {split!r}: name a folder of pictures or a TFDS split")
+        raise ValueError(
+            f"config.data has no data for {split!r}: name a folder of pictures or a TFDS split{_OR_WITHOUT[split]}"
+        )
     return parts[0][1] if len(parts) == 1 else JoinedSource(parts)
 
 
 def _folders(data: ml_collections.ConfigDict, split: str) -> list[tuple[str, str]]:
     """Folders of pictures, each with its instances JSON."""
-    images, annotations = _words(data[f"{split}_images"]), _words(data[f"{split}_annotations"])
+    images, annotations = _paths(data[f"{split}_images"]), _paths(data[f"{split}_annotations"])
     if not any(images + annotations) and data.source != "coco_folder":
         return []
     if not all(images + annotations) or len(images) != len(annotations):
@@ -156,7 +75,7 @@ def _folders(data: ml_collections.ConfigDict, split: str) -> list[tuple[str, str
             f"config.data.{split}_images and config.data.{split}_annotations must name a folder of pictures and its "
             f"instances JSON, or as many of both; they are {data[f'{split}_images']!r} and "
             f"{data[f'{split}_annotations']!r}: add --config.data.{split}_images=... "
-            f"--config.data.{split}_annotations=..."
+            f"--config.data.{split}_annotations=...{_OR_WITHOUT[split]}"
         )
     return list(zip(images, annotations, strict=True))
 
@@ -168,13 +87,18 @@ def _sets(data: ml_collections.ConfigDict, split: str) -> list[tuple[str, str]]:
     if not all(names) or len(names) != len(splits) or (data.source == "tfds" and not any(splits)):
         raise ValueError(
             f"config.data.tfds_name and config.data.{split}_split must name a TFDS set and its split, or as many of "
-            f"both; they are {data.tfds_name!r} and {data[f'{split}_split']!r}"
+            f"both; they are {data.tfds_name!r} and {data[f'{split}_split']!r}{_OR_WITHOUT[split]}"
         )
     return [pair for pair in zip(names, splits, strict=True) if pair[1]]
 
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
+
+
+def _paths(text: str) -> list[str]:
+    """Paths with commas between them; or one that has a comma itself, if all of the text is there."""
+    return [text] if "," in text and as_path(text).exists() else _words(text)
 
 
 def make_model(config: ml_collections.ConfigDict, num_classes: int) -> DetectionTransformer:
@@ -274,8 +198,11 @@ def make_train_batches(
     return train_batches(source, label_of(classes), plan_settings, _read_settings(config), start)
 
 
-def make_eval_plan(config: ml_collections.ConfigDict, source: Source) -> EpochPlan:
-    """Every picture once, resized as published, in padded shapes as for training; the same for every evaluation."""
+def make_eval_plan(config: ml_collections.ConfigDict, source: Source, device_count: int = 1) -> EpochPlan:
+    """Every picture once, resized as published, in padded shapes as for training; the same for every evaluation.
+
+    A batch is `config.eval.batch_size`, rounded up to a multiple of `device_count`, all processes' devices.
+    """
     data = config.data
     sizes, sides = sizes_hw(source), (data.eval_short_side_px, data.long_side_max_px)
     if all(record.is_crowd.all() for record in source.records):
@@ -284,8 +211,9 @@ def make_eval_plan(config: ml_collections.ConfigDict, source: Source) -> EpochPl
             len(source), _origin(data, "eval"),
         )  # fmt: skip
     shapes = data.eval_shapes or search_eval_shapes(sizes, *sides, data.num_eval_shapes)
+    batch_size = -(-config.eval.batch_size // device_count) * device_count
     _log_scaled_down(source, bucket_of(resized_hw(sizes, *sides), by_area(shapes)) < 0, "eval_shapes")
-    return eval_plan(sizes, count_training_objects(source.records), *sides, shapes, config.eval.batch_size)
+    return eval_plan(sizes, count_training_objects(source.records), *sides, shapes, batch_size)
 
 
 def make_eval_batches(config: ml_collections.ConfigDict, source: Source, plan: EpochPlan) -> Batches:

@@ -46,6 +46,17 @@ def is_remote(path: str | os.PathLike) -> bool:
     return not isinstance(as_path(path), Path)
 
 
+def check_writable_folder(path: "Path | epath.Path") -> None:
+    """Raises OSError if a local path cannot be a folder that is written to. Makes nothing."""
+    if not isinstance(path, Path):
+        return
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, so {path} cannot be a folder; name another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: {there} cannot be written to; use another folder, or change its permissions")
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a temporary local name, whose file becomes `path` at the end of the block.

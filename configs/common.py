@@ -45,8 +45,9 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
 
     config.data = data = ml_collections.ConfigDict()
     data.source = "coco_folder"  # coco_folder | tfds | coco_folder+tfds | synthetic
-    # Several folders, or several TFDS sets: the names with commas between them, as in "a/train,b/train". Categories are
-    # joined by name. With coco_folder+tfds an empty name leaves that part out, for example of the evaluation.
+    # Several folders, or several TFDS sets: the names with commas between them, as in "a/train,b/train" (a single path
+    # may have a comma itself). Categories are joined by name. With coco_folder+tfds an empty name leaves that part
+    # out, for example of the evaluation.
     data.train_images = "data/coco/train2017"  # coco_folder: folder of the pictures
     data.train_annotations = "data/coco/annotations/instances_train2017.json"  # coco_folder: instances JSON
     data.eval_images = "data/coco/val2017"
@@ -93,7 +94,9 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     optimizer.ema_decay = 0.0  # 0: no moving average of the weights; else it is what evaluation and prediction use
 
     config.train = train = ml_collections.ConfigDict()
-    train.batch_size = 16  # pictures per optimiser step, over all devices and processes
+    # Pictures per optimiser step, over all devices and processes: a multiple of their number times accumulation_steps,
+    # or on one machine fewer pictures than devices, which then get one each while the others have no work.
+    train.batch_size = 16
     train.accumulation_steps = 1  # micro-batches of a step, one after the other, each of one padded shape
     train.num_epochs = int(epochs)
     train.max_steps = config_dict.placeholder(int)  # stop earlier, for a trial
@@ -102,8 +105,8 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     train.keep_checkpoints = 2  # the last n, and the best by AP
 
     config.eval = evaluation = ml_collections.ConfigDict()
-    evaluation.batch_size = 8
-    evaluation.every_epochs = 1
+    evaluation.batch_size = 8  # rounded up to a multiple of the number of devices
+    evaluation.every_epochs = 1  # 0: never, and no evaluation pictures are needed
     evaluation.top_k = 100  # detections per picture
 
     return config.lock()

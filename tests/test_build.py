@@ -9,6 +9,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from cdetr_jax import build
 from cdetr_jax.classes import class_table
@@ -31,68 +32,6 @@ def changed(**fields):
     return config
 
 
-# ------------------------------------------------------------------------------------------------- check_config
-
-
-@pytest.mark.parametrize("recipe", ["common", *RECIPES])
-def test_every_recipe_passes(recipe):
-    build.check_config(importlib.import_module(f"configs.{recipe}").get_config(), device_count=1)
-
-
-@pytest.mark.parametrize("field", list(build.CHOICES))
-def test_a_choice_that_there_is_not(field):
-    with pytest.raises(ValueError, match=rf"^config\.{field} is 'hexagon', expected one of ") as error:
-        build.check_config(changed(**{field.replace(".", "__"): "hexagon"}), 1)
-    assert all(choice in str(error.value) for choice in build.CHOICES[field])
-
-
-@pytest.mark.parametrize("field", build.AT_LEAST_ONE)
-def test_a_number_below_one(field):
-    with pytest.raises(ValueError, match=rf"^config\.{field} is 0, expected at least 1$"):
-        build.check_config(changed(**{field.replace(".", "__"): 0}), 1)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"model__width": 254, "model__num_heads": 2}, "config.model.width is 254; it must be a multiple of 4"),
-        ({"model__width": 256, "model__num_heads": 7}, "and of config.model.num_heads, 7"),
-        ({"model__frozen_stages": 6}, "config.model.frozen_stages is 6, expected 0 to 5"),
-        ({"model__frozen_stages": -1}, "config.model.frozen_stages is -1, expected 0 to 5"),
-        ({"model__dropout": 1.0}, "config.model.dropout is 1.0, expected a number from 0 up to 1"),
-        ({"model__dropout": -0.1}, "config.model.dropout is -0.1, expected a number from 0 up to 1"),
-        ({"optimizer__ema_decay": 1.0}, "config.optimizer.ema_decay is 1.0, expected 0, or up to 1"),
-        (
-            {"matcher__class_cost": 0.0, "matcher__l1_cost": 0.0, "matcher__giou_cost": 0.0},
-            "all three costs of config.matcher are 0: any assignment would do; set at least one",
-        ),
-    ],
-)
-def test_a_number_out_of_range(fields, message):
-    with pytest.raises(ValueError, match=message):
-        build.check_config(changed(**fields), 1)
-
-
-@pytest.mark.parametrize(
-    ("batch", "parts", "devices", "message"),
-    [
-        (30, 1, 8, "config.train.batch_size 30 is not divisible by 8 devices .*accumulation_steps 1; use 24 or 32"),
-        (16, 3, 1, "config.train.batch_size 16 is not divisible by 1 devices .*accumulation_steps 3; use 15 or 18"),
-        (20, 3, 4, "config.train.batch_size 20 is not divisible by 4 devices .*accumulation_steps 3; use 12 or 24"),
-        (3, 1, 5, "config.train.batch_size 3 is not divisible by 5 devices .*accumulation_steps 1; use 5$"),
-    ],
-)
-def test_a_batch_that_does_not_divide(batch, parts, devices, message):
-    config = changed(train__batch_size=batch, train__accumulation_steps=parts, eval__batch_size=40)
-    with pytest.raises(ValueError, match=message):
-        build.check_config(config, devices)
-
-
-def test_an_evaluation_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"config\.eval\.batch_size 7 is not divisible by 4 devices; use 8"):
-        build.check_config(changed(eval__batch_size=7), 4)
-
-
 # -------------------------------------------------------------------------------------------------- make_source
 
 
@@ -106,6 +45,44 @@ def test_an_empty_field_is_named(split, images, annotations):
         build.make_source(config, split)
     assert f"they are {images!r} and {annotations!r}" in str(error.value)
     assert f"--config.data.{split}_annotations=..." in str(error.value)
+
+
+def test_without_evaluation_pictures_the_error_says_how_to_do_without():
+    for source in ("coco_folder", "coco_folder+tfds", "tfds"):
+        config = changed(data__source=source, data__eval_images="", data__eval_annotations="", data__eval_split="")
+        with pytest.raises(ValueError, match=r"or train without evaluation: --config\.eval\.every_epochs=0$"):
+            build.make_source(config, "eval")
+
+
+def test_a_path_may_have_a_comma_and_commas_part_paths(tmp_path):
+    for folder in ("my,pictures", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{folder}.png")
+        content = {
+            "images": [{"id": 1, "file_name": f"{folder}.png", "width": 8, "height": 8}],
+            "annotations": [],
+            "categories": [{"id": 1, "name": "a"}],
+        }
+        (tmp_path / folder / "a.json").write_text(json.dumps(content))
+    folder = f"{tmp_path}/my,pictures"
+    config = changed(data__train_images=folder, data__train_annotations=f"{folder}/a.json")
+    assert build.make_source(config, "train").records[0].file_name == "my,pictures.png"
+    b = f"{tmp_path}/b"
+    config = changed(data__train_images=f"{b},{b}", data__train_annotations=f"{b}/a.json, {b}/a.json")
+    assert len(build.make_source(config, "train")) == 2
+
+
+@pytest.mark.parametrize(("devices", "rows"), [(1, 3), (2, 4), (8, 8)])
+def test_an_evaluation_batch_is_rounded_up_to_the_devices(devices, rows):
+    config = demo.get_config()
+    config.eval.batch_size = 3
+    config.data.synthetic.eval_pictures = 5
+    source = build.make_source(config, "eval")
+    plan = build.make_eval_plan(config, source, devices)
+    with contextlib.closing(build.make_eval_batches(config, source, plan)) as batches:
+        index = [batch.index for batch in batches]
+    assert {len(some) for some in index} == {rows}
+    assert sorted(i for some in index for i in some if i >= 0) == [0, 1, 2, 3, 4]
 
 
 def test_a_folder_that_is_not_there(tmp_path):

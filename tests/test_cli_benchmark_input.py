@@ -200,4 +200,4 @@ def test_a_plain_loader_does_the_same_work():
 def test_wrong_number_of_batches(capsys):
     with pytest.raises(SystemExit):
         main.run(["benchmark", "input", *SMALL, "--batches=0"])
-    assert "--batches is 0, expected at least 1" in capsys.readouterr().err
+    assert "argument --batches: '0', expected a whole number from 1" in capsys.readouterr().err

@@ -48,10 +48,11 @@ weights/load
 weights/start weights/save
 onnx_convert
 export
+config_check
 build
 training/loop
 inference
-cli/settings
+cli/settings cli/arguments
 cli/benchmark_input
 cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare
 cli/main

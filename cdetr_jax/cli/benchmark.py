@@ -13,6 +13,7 @@ import numpy as np
 from cdetr_jax import build
 from cdetr_jax.cli import benchmark_input
 from cdetr_jax.cli.settings import read_config
+from cdetr_jax.config_check import check_config, count_train_devices
 from cdetr_jax.structs import Batch, Targets
 from cdetr_jax.training.parallel import Trainer
 from cdetr_jax.training.step import new_rng
@@ -30,7 +31,7 @@ def made_up_batch(batch: int, height: int, width: int, targets: int, num_classes
         original_sizes_hw=sizes,
         index=np.arange(batch, dtype=np.int32),
         targets=Targets(
-            labels=rng.integers(1, num_classes, (batch, targets)).astype(np.int32),
+            labels=rng.integers(0, num_classes, (batch, targets)).astype(np.int32),
             boxes_cxcywh=np.concatenate([centre, size], -1).astype(np.float32),
             valid=np.ones((batch, targets), bool),
         ),
@@ -53,20 +54,19 @@ class _Clock:
 def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     """Prints compile time, the time of each part, images per second and memory; or what `benchmark_input` does.
 
-    Raises: ValueError, if the size or the config is wrong.
+    Raises: ValueError, if the config is wrong, or the batch does not divide among the devices.
     """
     if arguments.what == "input":
         benchmark_input.run(arguments, fields)
         return
     config = read_config(arguments.config, fields)
-    try:
-        height, width = map(int, arguments.size.lower().split("x"))
-    except ValueError:
-        raise ValueError(f"--size is {arguments.size!r}, expected height x width in pixels, such as 480x640") from None
+    check_config(config)
+    device_count = count_train_devices(arguments.batch, 1, jax.local_device_count(), name="--batch")
+    height, width = arguments.size
     num_classes = config.model.num_classes or 91
     schedules = build.make_schedules(config, steps_per_epoch=1000)
     functions = build.make_step_functions(config, num_classes, schedules)
-    trainer = Trainer(functions)
+    trainer = Trainer(functions, jax.local_devices()[:device_count])
     state = trainer.replicate(functions.init(new_rng(0), (height, width)))
     batch = made_up_batch(arguments.batch, height, width, arguments.targets, num_classes)
     clock = _Clock()
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     device = jax.devices()[0]
     print(
         f"{arguments.config}, {config.model.compute_dtype}, batch {arguments.batch}, {height}x{width}, "
-        f"{arguments.targets} targets, jax {jax.__version__}, {jax.local_device_count()} x {device.device_kind}"
+        f"{arguments.targets} targets, jax {jax.__version__}, {device_count} x {device.device_kind}"
     )
     print(f"{'first step, with compilation':30s} {compile_s:9.2f} s")
     for part, seconds in clock.seconds.items():

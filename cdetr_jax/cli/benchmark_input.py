@@ -19,6 +19,7 @@ import numpy as np
 from cdetr_jax import build
 from cdetr_jax.classes import class_table
 from cdetr_jax.cli.settings import read_config
+from cdetr_jax.config_check import check_config, count_train_devices
 from cdetr_jax.data.pipeline import Batches
 from cdetr_jax.data.plan import EpochPlan, real_pixels, real_pixels_otherwise, train_plan
 from cdetr_jax.data.reader import usable_cores
@@ -41,9 +42,9 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     Raises: ValueError, FileNotFoundError, if the config or its data are wrong.
     """
     config = read_config(arguments.config, fields)
-    if arguments.batches < 1:
-        raise ValueError(f"--batches is {arguments.batches}, expected at least 1")
-    build.check_config(config, jax.local_device_count())
+    check_config(config)
+    batch_size, parts = config.train.batch_size, config.train.accumulation_steps
+    device_count = count_train_devices(batch_size, parts, jax.local_device_count())
     source = build.make_source(config, "train")
     classes = class_table(source.categories, config.data.class_ids, config.model.num_classes)
     plan_settings = build.make_plan_settings(config, source)
@@ -54,9 +55,9 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
     with contextlib.closing(build.make_train_batches(config, source, classes, plan_settings)) as batches:
         reading = batches.settings
-        steps, size = config.train.accumulation_steps, plan.rows.shape[1]
-        noun = "batch" if steps == 1 else "micro-batch"
-        batched = f"{noun}es of {size}" + f", {steps} a step" * (steps > 1)
+        size = plan.rows.shape[1]
+        noun = "batch" if parts == 1 else "micro-batch"
+        batched = f"{noun}es of {size}" + f", {parts} a step" * (parts > 1)
         print(f"{arguments.config}: {len(source)} pictures of {config.data.source}, {batched}")
         how = [_count(reading.workers, "process", "es")] * bool(reading.workers)
         how += [_count(reading.threads_each, "thread", "s")]
@@ -83,8 +84,8 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         note = f"the input is {figures.times:.2f} times as fast, {figures.times_per_core:.2f} times per core"
         _print_line("  " + name, figures.speed, "images/s", note)
     if arguments.step:
-        step_s = _time_step(config, len(classes), flow.batch, arguments.steps)
-        eats = config.train.batch_size / step_s
+        step_s = _time_step(config, len(classes), flow.batch, arguments.steps, device_count)
+        eats = batch_size / step_s
         height, width = flow.batch.images.shape[1:3]
         print()
         note = f"{step_s:.3f} s a step at {height} x {width}, the timed shape nearest to the mean area"
@@ -242,10 +243,12 @@ def _time_transfer(batch: Batch) -> dict[str, float]:
     return {f"transfer to {jax.devices()[0].device_kind}": statistics.median(seconds) / len(batch.index)}
 
 
-def _time_step(config: ml_collections.ConfigDict, num_classes: int, batch: Batch, steps: int) -> float:
+def _time_step(
+    config: ml_collections.ConfigDict, num_classes: int, batch: Batch, steps: int, device_count: int
+) -> float:
     """Median seconds of a train step, compiled before."""
     functions = build.make_step_functions(config, num_classes, build.make_schedules(config, 1000))
-    trainer = Trainer(functions)
+    trainer = Trainer(functions, jax.local_devices()[:device_count])
     state = trainer.replicate(functions.init(new_rng(0), batch.images.shape[1:3]))
     micro_batches = [batch] * config.train.accumulation_steps
     seconds = []

@@ -28,10 +28,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises: ValueError, if an argument is wrong, or the file finds something else than the weights do; see also
       `load_weights` and `export_onnx`.
     """
-    batch = _batch(arguments.batch)
-    shape_hw = _shape(arguments.size) if arguments.size else None
-    if arguments.top_k is not None and arguments.top_k < 1:
-        raise ValueError(f"--top-k is {arguments.top_k}, expected at least 1")
     if is_remote(arguments.output):
         raise ValueError(f"--output is {arguments.output}, expected a local file, for it is loaded again and checked")
     if os.path.isdir(arguments.output):
@@ -40,8 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     set_up_logging()
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
     # It holds every picture that is resized as `cdetr predict` does.
-    shape_hw = shape_hw or weights.preprocessing.largest_hw
-    settings = {"shape_hw": shape_hw, "batch": batch, "top_k": arguments.top_k or weights.top_k}
+    shape_hw = arguments.size or weights.preprocessing.largest_hw
+    settings = {"shape_hw": shape_hw, "batch": arguments.batch, "top_k": arguments.top_k or weights.top_k}
     export, load = FORMATS[arguments.to]
     export(weights, arguments.output, **settings)
     print(f"{arguments.output}: {RUNS_ON[arguments.to]}, {os.path.getsize(arguments.output) / 1e6:.1f} MB")
@@ -127,18 +123,3 @@ def made_up_pictures(count: int, shape_hw: tuple[int, int]) -> tuple[np.ndarray,
         images[i, :height, :width] = source.load_image(0)
         sizes_hw[i] = height, width
     return images, sizes_hw
-
-
-def _batch(text: str) -> int | None:
-    if text == "any":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--batch is {text!r}, expected a number of pictures, at least 1, or any")
-    return int(text)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
-        raise ValueError(f"--size is {text!r}, expected height x width in pixels, at least 32 each, such as 800x1344")
-    return int(sides[0]), int(sides[1])

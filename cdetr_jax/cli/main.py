@@ -1,23 +1,33 @@
 """The `cdetr` command: help texts, then one call into the command that was asked for."""
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import sys
+from collections.abc import Iterable
 
+from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, whole
+
+# Epilogues are printed as they are: at most 79 characters a line.
 WEIGHTS_HELP = """\
 SOURCE is one of
-  runs/demo                                 the workdir of a run
-  runs/demo/checkpoints/1000                one of its checkpoints
-  hf://microsoft/conditional-detr-resnet-50 a model of the hub, downloaded once (add @REVISION for another one)
-  folder/ or model.safetensors              the same as local files
-  ConditionalDETR_r50.pth                   a file of the authors', or of facebookresearch/detr (needs PyTorch)"""
+  runs/demo                   the workdir of a run
+  runs/demo/checkpoints/1000  one of its checkpoints
+  hf://microsoft/conditional-detr-resnet-50
+                              a model of the hub, downloaded once (add
+                              @REVISION for another one)
+  folder/, model.safetensors  the same as local files
+  ConditionalDETR_r50.pth     a file of the authors', or of
+                              facebookresearch/detr (needs PyTorch)"""
 
 CONFIG_HELP = """\
 every field of the config can be set on the command line, for example
-  --config.optimizer.lr=2e-4   --config.train.batch_size=8   --config.seed=1
-configs/common.py lists the fields, what they mean and their published values; those of the model are in
-cdetr_jax/models/detector.py."""
+  --config.optimizer.lr=2e-4  --config.train.batch_size=8  --config.seed=1
+configs/common.py lists the fields, what they mean and their published values;
+those of the model are in cdetr_jax/models/detector.py. Of a field that is set
+twice the last value counts."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,14 +53,14 @@ def parser() -> argparse.ArgumentParser:
         "train a detector, or go on with a run that was stopped",
         CONFIG_HELP + "\n\nexample:\n  cdetr train --config=configs/demo.py --workdir=runs/demo",
     )
-    train.add_argument("--config", required=True, metavar="FILE", help="recipe, such as configs/demo.py")
-    train.add_argument("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go")
+    train.add_argument("--config", required=True, type=name, metavar="FILE", help="recipe, such as configs/demo.py")
+    train.add_argument("--workdir", required=True, type=name, metavar="DIR", help="where checkpoints and metrics go")
     train.add_argument(
         "--multihost", action="store_true", help="this is one of several hosts, such as those of a TPU pod"
     )
 
     def add_weights(command: argparse.ArgumentParser, *names: str, **settings: object) -> None:
-        command.add_argument(*names, metavar="SOURCE", help="trained weights, see below", **settings)
+        command.add_argument(*names, type=name, metavar="SOURCE", help="trained weights, see below", **settings)
         command.add_argument(
             "--checkpoint", choices=("best", "latest"), default="best", help="of a run: best by AP (default), or latest"
         )
@@ -65,47 +75,62 @@ def parser() -> argparse.ArgumentParser:
         "print COCO's 12 numbers and the AP of every class",
         WEIGHTS_HELP + "\n\n" + CONFIG_HELP + "\n\nexamples:\n"
         "  cdetr evaluate --weights=runs/demo\n"
-        "  cdetr evaluate --weights=hf://microsoft/conditional-detr-resnet-50 --config=configs/conditional_detr_r50.py",
+        "  cdetr evaluate --weights=hf://microsoft/conditional-detr-resnet-50 \\\n"
+        "      --config=configs/conditional_detr_r50.py",
     )
     add_weights(evaluate, "--weights", "--workdir", required=True)
     evaluate.add_argument(
-        "--config", metavar="FILE", help="recipe with the pictures to evaluate on; default: the run's own"
+        "--config", type=name, metavar="FILE", help="recipe with the pictures to evaluate on; default: the run's own"
     )
 
     predict = add(
         "predict",
         "find the objects in pictures, draw them and write predictions.json",
-        "DIR gets one drawing a picture, sheet.png with the first 16 of them, and predictions.json in COCO's results\n"
-        "format with each picture's file name and each object's class name. Drawings are called as their pictures,\n"
-        "with a number where two would meet, or where DIR holds another file of that name: neither a picture nor any\n"
-        "other file is written over, but the drawings and predictions.json of an earlier call are. A folder is\n"
-        "searched with the folders in it, but for DIR. Pictures may have any size; boxes are clipped to them.\n"
-        "image_id is the number of the picture, from 1. Pictures of --from-eval keep their ids in the evaluation set,\n"
-        "and the others are then numbered from above its largest id.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
+        "DIR gets one drawing a picture, sheet.png with the first 16 of them, and\n"
+        "predictions.json in COCO's results format with each picture's file name and\n"
+        "each object's class name. Drawings are called as their pictures, with a number\n"
+        "where two would meet, or where DIR holds another file of that name: neither a\n"
+        "picture nor any other file is written over, but the drawings and\n"
+        "predictions.json of an earlier call are. A folder is searched with the folders\n"
+        "in it, but for DIR. Pictures may have any size; boxes are clipped to them.\n"
+        "image_id is the number of the picture, from 1. Pictures of --from-eval keep\n"
+        "their ids in the evaluation set, and the others are then numbered from above\n"
+        "its largest id.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
         "  cdetr predict --weights=runs/demo street.jpg holiday/ --output=found\n"
-        "  cdetr predict --weights=hf://microsoft/conditional-detr-resnet-50 street.jpg --output=found",
+        "  cdetr predict --weights=hf://microsoft/conditional-detr-resnet-50 \\\n"
+        "      street.jpg --output=found",
     )
     add_weights(predict, "--weights", "--workdir", required=True)
-    predict.add_argument("--output", required=True, metavar="DIR", help="where the drawings go; made if missing")
     predict.add_argument(
-        "--threshold", type=float, default=0.5, metavar="SCORE", help="lowest score to keep, 0 to 1 (default: 0.5)"
+        "--output", required=True, type=name, metavar="DIR", help="where the drawings go; made if missing"
     )
     predict.add_argument(
-        "--from-eval", type=int, default=0, metavar="N", help="also the first N pictures of the run's evaluation set"
+        "--threshold", type=score, default=0.5, metavar="SCORE", help="lowest score to keep, 0 to 1 (default: 0.5)"
     )
-    predict.add_argument("pictures", nargs="*", metavar="PICTURE_OR_FOLDER", help="pictures, or folders of pictures")
+    predict.add_argument(
+        "--from-eval",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="also the first N pictures of the run's evaluation set",
+    )
+    predict.add_argument(
+        "pictures", nargs="*", type=name, metavar="PICTURE_OR_FOLDER", help="pictures, or folders of pictures"
+    )
 
     convert = add(
         "convert",
         "write trained weights in another format",
         WEIGHTS_HELP + "\n\nformats:\n"
-        "  hub    a folder that transformers loads: model.safetensors, config.json, preprocessor_config.json\n"
+        "  hub    a folder that transformers loads: model.safetensors, config.json,\n"
+        "         preprocessor_config.json\n"
         "  pth    the layout of the authors' files (needs PyTorch)\n"
-        "  orbax  a workdir of ours, to predict, evaluate, or start a run from with --config.init\n\n"
+        "  orbax  a workdir of ours, to predict, evaluate, or start a run from with\n"
+        "         --config.init\n\n"
         "example:\n  cdetr convert runs/mine my-detector --to=hub",
     )
     add_weights(convert, "source")
-    convert.add_argument("destination", metavar="DESTINATION", help="folder, or for pth the file, to write")
+    convert.add_argument("destination", type=name, metavar="DESTINATION", help="folder, or for pth the file, to write")
     convert.add_argument("--to", required=True, choices=("hub", "pth", "orbax"), help="format, see below")
     convert.add_argument(
         "--without-timm", action="store_true", help="hub: name the backbone so that transformers loads it without timm"
@@ -114,18 +139,23 @@ def parser() -> argparse.ArgumentParser:
     prepare = add(
         "prepare",
         "download a TFDS set once and write it so that it can be read at random",
-        "Needs TFDS: pip install cdetr_jax[tfds]. Says first how much disk it takes. Interrupted, it goes on when\n"
-        "called again. Without a network, put the set's archives under their published names in a folder and name\n"
-        "that with --archives. Pictures with a COCO JSON need no preparation: see --config.data.source=coco_folder.\n\n"
+        "Needs TFDS: pip install cdetr_jax[tfds]. Says first how much disk it takes.\n"
+        "Interrupted, it goes on when called again. Without a network, put the set's\n"
+        "archives under their published names in a folder and name that with\n"
+        "--archives. Pictures with a COCO JSON need no preparation: see\n"
+        "--config.data.source=coco_folder.\n\n"
         "examples:\n"
         "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds\n"
-        "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds --archives=from_a_disk",
+        "  cdetr prepare --dataset=coco/2017 --data_dir=data/tfds \\\n      --archives=from_a_disk",
     )
-    prepare.add_argument("--dataset", required=True, metavar="NAME", help="as TFDS has it: coco/2017, voc/2007")
-    prepare.add_argument("--data_dir", required=True, metavar="DIR", help="TFDS's data_dir; made if missing")
+    prepare.add_argument(
+        "--dataset", required=True, type=name, metavar="NAME", help="as TFDS has it: coco/2017, voc/2007"
+    )
+    prepare.add_argument("--data_dir", required=True, type=name, metavar="DIR", help="TFDS's data_dir; made if missing")
     prepare.add_argument(
         "--archives",
         "--manual_dir",
+        type=name,
         metavar="DIR",
         help="folder of the archives that are there already, such as train2017.zip; what is missing is downloaded to "
         "it (default: downloads/archives in --data_dir)",
@@ -147,30 +177,47 @@ def parser() -> argparse.ArgumentParser:
     )
     add_weights(export, "--weights", required=True)
     export.add_argument("--to", required=True, choices=("stablehlo", "onnx"), help="format, see below")
-    export.add_argument("--output", required=True, metavar="FILE", help="file to write, such as detector.zip")
-    export.add_argument("--batch", default="any", metavar="N", help="pictures a call, a number or any (default: any)")
     export.add_argument(
-        "--size", metavar="HxW", help="of the padded pictures, in pixels (default: holds all that evaluation makes)"
+        "--output", required=True, type=name, metavar="FILE", help="file to write, such as detector.zip"
     )
-    export.add_argument("--top-k", type=int, metavar="K", help="detections a picture (default: the detector's own)")
+    export.add_argument(
+        "--batch", type=pictures_a_call, metavar="N", help="pictures a call, a number or any (default: any)"
+    )
+    export.add_argument(
+        "--size",
+        type=height_x_width,
+        metavar="HxW",
+        help="of the padded pictures, in pixels (default: holds all that evaluation makes)",
+    )
+    export.add_argument(
+        "--top-k", type=whole(1), metavar="K", help="detections a picture (default: the detector's own)"
+    )
 
     benchmark = add(
         "benchmark",
-        "time the parts of a train step and the inference on this machine, or the reading of pictures",
-        "  step   (default) a train step and the inference, on made-up pictures of one size\n"
-        "  input  reading the training pictures: images a second and a core, share of real pixels, and the\n"
-        "         time of each stage; with --step against what a train step on this machine eats, with --plain\n"
-        "         against a straightforward loader, in turns\n\n" + CONFIG_HELP + "\n\nexamples:\n"
-        "  cdetr benchmark --config=configs/conditional_detr_r50.py --batch=2 --size=480x640\n"
-        "  cdetr benchmark input --config=configs/conditional_detr_r50.py --config.data.workers=4",
+        "time a train step and the inference, or the reading of pictures",
+        "  step   (default) the parts of a train step and the inference, on made-up\n"
+        "         pictures of one size\n"
+        "  input  reading the training pictures: images a second and a core, share of\n"
+        "         real pixels, and the time of each stage; with --step against what a\n"
+        "         train step on this machine eats, with --plain against a\n"
+        "         straightforward loader, in turns\n\n" + CONFIG_HELP + "\n\nexamples:\n"
+        "  cdetr benchmark --config=configs/conditional_detr_r50.py --size=480x640\n"
+        "  cdetr benchmark input --config=configs/conditional_detr_r50.py --step",
     )
     benchmark.add_argument("what", nargs="?", choices=("step", "input"), default="step", help="see below")
-    benchmark.add_argument("--config", required=True, metavar="FILE", help="recipe whose model, or data, is timed")
-    benchmark.add_argument("--batch", type=int, default=2, metavar="N", help="pictures a step (default: 2)")
-    benchmark.add_argument("--size", default="480x640", metavar="HxW", help="in pixels (default: 480x640)")
-    benchmark.add_argument("--targets", type=int, default=7, metavar="N", help="objects a picture (default: 7)")
-    benchmark.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default: 10)")
-    benchmark.add_argument("--batches", type=int, default=40, metavar="N", help="input: timed batches (default: 40)")
+    benchmark.add_argument(
+        "--config", required=True, type=name, metavar="FILE", help="recipe whose model, or data, is timed"
+    )
+    benchmark.add_argument("--batch", type=whole(1), default=2, metavar="N", help="pictures a step (default: 2)")
+    benchmark.add_argument(
+        "--size", type=height_x_width, default="480x640", metavar="HxW", help="in pixels (default: 480x640)"
+    )
+    benchmark.add_argument("--targets", type=whole(1), default=7, metavar="N", help="objects a picture (default: 7)")
+    benchmark.add_argument("--steps", type=whole(1), default=10, metavar="N", help="timed steps (default: 10)")
+    benchmark.add_argument(
+        "--batches", type=whole(1), default=40, metavar="N", help="input: timed batches (default: 40)"
+    )
     benchmark.add_argument("--step", action="store_true", help="input: also time train steps at the mean area")
     benchmark.add_argument(
         "--plain", action="store_true", help="input: also time a straightforward loader of one process and thread"
@@ -192,20 +239,47 @@ def keep_compiled_programs() -> None:
 TAKES_CONFIG_FIELDS = ("train", "evaluate", "benchmark")
 
 
+def _check_names(main: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Ends with what was perhaps meant, at the first command or option that there is not."""
+    commands = next(action.choices for action in main._actions if action.choices)
+    if not argv:
+        main.error(f"name a command: {', '.join(commands)}; see `cdetr --help`")
+    command = argv[0]
+    if command not in commands:
+        if not command.startswith("-"):
+            main.error(f"unknown command {command!r}{_suggestion(command, commands)}; see `cdetr --help`")
+        return
+    known = commands[command]._option_string_actions
+    for word in argv[1 : argv.index("--") if "--" in argv else None]:
+        option = word.partition("=")[0]
+        if re.match("--[a-zA-Z]", word) and option not in known and not option.startswith("--config."):
+            meant = _suggestion(option, known)
+            commands[command].error(f"unknown argument {word!r}{meant}; see `cdetr {command} --help`")
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
 def run(argv: list[str] | None = None) -> None:
     """Entry point of the console script. A user's mistake is one line and exit status 1; 130 after Ctrl-C."""
-    arguments, rest = parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    main = parser()
+    _check_names(main, argv)
+    arguments, rest = main.parse_known_args(argv)
     fields = [field for field in rest if field.startswith("--config.")]
     unknown = [word for word in rest if word not in fields]
     if unknown or (fields and arguments.command not in TAKES_CONFIG_FIELDS):
-        parser().error(f"unknown argument {(unknown or fields)[0]!r}; see `cdetr {arguments.command} --help`")
+        main.error(f"unknown argument {(unknown or fields)[0]!r}; see `cdetr {arguments.command} --help`")
     keep_compiled_programs()
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError, MemoryError) as error:
+        out_of_memory = "out of memory: " if isinstance(error, MemoryError) else ""
         message = "; ".join([str(error), *getattr(error, "__notes__", [])])
-        print(f"cdetr {arguments.command}: error: {message}", file=sys.stderr)
+        print(f"cdetr {arguments.command}: error: {out_of_memory}{message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -57,10 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises: ValueError, after all pictures, if one of them could not be read, and at once if an argument is wrong;
       FileNotFoundError, if there is none.
     """
-    if not 0 <= arguments.threshold <= 1:
-        raise ValueError(f"--threshold is {arguments.threshold}, expected a score from 0 to 1")
-    if arguments.from_eval < 0:
-        raise ValueError(f"--from-eval is {arguments.from_eval}, expected a number of pictures")
     output = as_path(arguments.output)
     files = _find(arguments.pictures, output)
     if not files and not arguments.from_eval:

@@ -1,56 +1,122 @@
 """What the commands share: reading the config, and how the log looks."""
 
+import ast
+import difflib
+import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Callable
+import traceback
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 from absl import flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
 
 
 def read_config(path: str, fields: list[str]) -> ml_collections.ConfigDict:
     """A recipe with the command line's changes.
 
     Args:
-      path: of a Python file with `get_config()`.
+      path: of a Python file with `get_config()`; what comes after a colon is handed to it, as in `detr_r50.py:75`.
       fields: such as `--config.optimizer.lr=2e-4`.
-    Raises: ValueError, if there is no such field (with the name that was perhaps meant) or the value has a wrong type.
+    Raises: ValueError, FileNotFoundError, if the recipe cannot be read; see also `change_config`.
     """
-    file = Path(path.split(".py:")[0] + ".py" if ".py:" in path else path)
+    name, colon, argument = path.rpartition(":") if ".py:" in path else (path, "", "")
+    file = Path(name)
     if not file.is_file():
         raise FileNotFoundError(f"there is no config {path}; the recipes are in the repository's folder configs/")
     # A recipe may import its neighbours as `configs.common`, one elsewhere those of the repository that we are in.
     sys.path[:0] = [str(file.resolve().parents[1]), os.getcwd()]
-    values = flags.FlagValues()
-    argv = ["cdetr", f"--config={path}", *fields]
-    return _parse(values, argv, lambda: config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv))
+    try:
+        config = _get_config(file.resolve(), [argument] if colon else [])
+    except Exception as error:  # a recipe may do anything
+        raise ValueError(f"{path} cannot be read: {_what_happened(error, file.resolve())}") from error
+    return change_config(config, fields)
+
+
+def _get_config(file: Path, arguments: list[str]) -> ml_collections.ConfigDict:
+    if file.suffix != ".py":
+        raise ValueError("it is not a Python file with a function get_config, such as configs/demo.py")
+    spec = importlib.util.spec_from_file_location("cdetr_recipe", file)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    get_config = getattr(recipe, "get_config", None)
+    if not callable(get_config):
+        raise ValueError("it has no function get_config; configs/demo.py shows how one looks")
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        what = "takes nothing after a colon" if arguments else f"needs an argument: --config={file.name}:ARGUMENT"
+        raise ValueError(f"its get_config {what}") from None
+    config = get_config(*arguments)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(f"its get_config returned {type(config).__name__}, expected a ConfigDict")
+    return config
+
+
+def _what_happened(error: Exception, file: Path) -> str:
+    """One line: a ValueError's own words, another error's with its type and the line of the recipe."""
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError):
+        return message
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f"{type(error).__name__}: {message}" + (f", in line {lines[-1]}" if lines else "")
 
 
 def change_config(config: ml_collections.ConfigDict, fields: list[str]) -> ml_collections.ConfigDict:
-    """A run's own config with the command line's changes; as `read_config`."""
-    values = flags.FlagValues()
-    argv = ["cdetr", *fields]
-    return _parse(
-        values, argv, lambda: config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    )
+    """A config with the command line's changes; of a field that is given twice the last counts.
+
+    Raises: ValueError, if there is no such field (with the name that was perhaps meant) or it cannot have that value.
+    """
+    from cdetr_jax.config_check import FIELDS, check_value, flat_fields  # imports JAX
+
+    before = flat_fields(config)
+    for word in fields:
+        field, equals, text = word.removeprefix("--config.").partition("=")
+        if field not in before:
+            group = [name for name in before if name.startswith(f"{field}.")]
+            raise ValueError(
+                f"config.{field} is a group of fields; set one of them, such as --config.{group[0]}=..."
+                if group
+                else f"there is no config.{field}; {_suggestion(field, list(before))}"
+            )
+        value = True if not equals and isinstance(before[field], bool) else _value(text, before[field])
+        if field in FIELDS:  # else it is a recipe's own, which `check_config` refuses
+            check_value(field, value)
+        try:
+            config.update_from_flattened_dict({field: value})
+        except TypeError as error:  # the recipe wrote, say, a whole number where fractions may be
+            raise ValueError(f"config.{field} cannot be {value!r} instead of {before[field]!r}: {error}") from None
+    return config
 
 
-def _parse(values: flags.FlagValues, argv: list[str], define: Callable[[], Any]) -> ml_collections.ConfigDict:
+def _suggestion(field: str, known: list[str]) -> str:
+    """The fields that were perhaps meant: of the same name in another group, or of a similar one."""
+    last = field.rpartition(".")[2]
+    names = {last, "".join(word[:1] for word in last.split("_"))}  # learning_rate: lr
+    found = [name for name in known if name.rpartition(".")[2] in names] or difflib.get_close_matches(field, known, n=1)
+    if not found:  # the group is wrong as well
+        names = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1)
+        found = [name for name in known if name.rpartition(".")[2] in names]
+    meant = " or ".join(f"--config.{name}" for name in found)
+    return f"did you mean {meant}?" if found else "configs/common.py lists the fields"
+
+
+def _value(text: str, before: Any) -> Any:
+    """What a text stands for in a field that held `before`; the text itself if it cannot be read so."""
+    if isinstance(before, str):
+        return text
+    if isinstance(before, bool):
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     try:
-        define()  # which already looks up the fields of a config that is there
-        values(argv)
-        return values["config"].value
-    except (AttributeError, KeyError) as error:  # such as: 'lrr'\nDid you mean "lr" instead of "lrr"?
-        message = error.args[0]
-        if isinstance(message, KeyError):  # an AttributeError holds the KeyError, whose own text is quoted
-            message = message.args[0]
-        raise ValueError(f"there is no such config field: {' '.join(str(message).split())}") from error
-    except (TypeError, flags.Error) as error:
-        raise ValueError(str(error)) from error
+        value = float(text) if isinstance(before, float) else ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+    if not isinstance(before, tuple | list):
+        return value
+    return type(before)(value if isinstance(value, tuple | list) else (value,))
 
 
 def set_up_logging() -> None:

@@ -3,12 +3,13 @@
 import argparse
 
 from cdetr_jax.cli.settings import read_config, set_up_logging
-from cdetr_jax.files import as_path
+from cdetr_jax.files import as_path, check_writable_folder
 
 
 def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     """Trains, and says where things are."""
-    workdir = as_path(arguments.workdir)  # refuses what cannot be written to before anything is read
+    workdir = as_path(arguments.workdir)
+    check_writable_folder(workdir)  # before anything is read
     config = read_config(arguments.config, fields)
     set_up_logging()
     import jax

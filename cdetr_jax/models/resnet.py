@@ -142,7 +142,8 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        groups = min(32, x.shape[-1] // 4)
+        most = max(1, min(32, x.shape[-1] // 4))
+        groups = next(count for count in range(most, 0, -1) if x.shape[-1] % count == 0)
         scale_init = nn.initializers.constant(self.scale_init)
         return nn.GroupNorm(num_groups=groups, dtype=x.dtype, scale_init=scale_init, name="group_norm")(x)
 

@@ -17,6 +17,7 @@ from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.classes import ClassTable, class_table, classes_in_data
+from cdetr_jax.config_check import check_config, count_train_devices
 from cdetr_jax.data.pipeline import sizes_hw
 from cdetr_jax.data.plan import EpochPlan
 from cdetr_jax.data.sources import Source
@@ -69,7 +70,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     Raises: ValueError, if a field or the data are wrong, or the workdir holds another run; NonFiniteLossError;
       OSError, if a checkpoint cannot be written.
     """
-    build.check_config(config, jax.local_device_count() * jax.process_count())
+    check_config(config)
+    devices = _train_devices(config)
     source = build.make_source(config, "train")
     evaluates = config.eval.every_epochs > 0
     eval_source = build.make_source(config, "eval") if evaluates else None
@@ -77,11 +79,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     _check_same_run(config, workdir)
 
     plan_settings = build.make_plan_settings(config, source)
-    eval_plan = build.make_eval_plan(config, eval_source) if evaluates else None
+    device_count = len(devices) * jax.process_count()
+    eval_plan = build.make_eval_plan(config, eval_source, device_count) if evaluates else None
     steps_per_epoch = plan_settings.steps_per_epoch
     schedules = build.make_schedules(config, steps_per_epoch)
     functions = build.make_step_functions(config, len(classes), schedules)
-    trainer = Trainer(functions)
+    trainer = Trainer(functions, devices)
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
     planned_from = {"steps_per_epoch": steps_per_epoch, "pictures": _fingerprint(source)}
     state, start_step = _initial_state(config, functions, checkpoints, planned_from, classes)
@@ -109,7 +112,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     progress = Progress(total_steps, steps_per_epoch, start_step) if is_first_process else None
     logging.info(
         "%d pictures, %d steps an epoch, %d steps in all, on %d device(s) of %d process(es)",
-        len(source), steps_per_epoch, total_steps, jax.device_count(), jax.process_count(),
+        len(source), steps_per_epoch, total_steps, device_count, jax.process_count(),
     )  # fmt: skip
 
     state = trainer.replicate(state)
@@ -182,6 +185,18 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     return summary
 
 
+def _train_devices(config: ml_collections.ConfigDict) -> tuple[jax.Device, ...]:
+    """The local devices that a batch is spread over, see `count_train_devices`. Raises: ValueError."""
+    devices, batch_size = jax.local_devices(), config.train.batch_size
+    count = count_train_devices(batch_size, config.train.accumulation_steps, len(devices), jax.process_count())
+    if count < len(devices):
+        logging.warning(
+            "config.train.batch_size %d uses %d of %d devices, a picture each; use a multiple of %d for all",
+            batch_size, count, len(devices), len(devices) * config.train.accumulation_steps,
+        )  # fmt: skip
+    return tuple(devices[:count])
+
+
 def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics:
     """COCO AP of a detector on the config's evaluation pictures.
 
@@ -191,12 +206,12 @@ def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics
     Raises: ValueError, FileNotFoundError, if the weights or the data do not fit the config.
     """
     config = _with_model_of(weights, config)
-    build.check_config(config, jax.local_device_count() * jax.process_count())
+    check_config(config)
     source = build.make_source(config, "eval")
     logging.info("%d pictures", len(source))
     trainer = Trainer(_functions(config, len(weights.classes)))
     variables = trainer.replicate(weights.variables)
-    plan = build.make_eval_plan(config, source)
+    plan = build.make_eval_plan(config, source, jax.device_count())
     return _evaluate(config, trainer, variables, source, plan, weights.classes)
 
 

@@ -52,7 +52,7 @@ class Trainer:
         self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
         self._numbers: list[Array] = []
         # With all devices pmap finds them itself, which is also what several processes need.
-        chosen = None if devices is None else self.devices
+        chosen = None if self.devices == jax.local_devices() else self.devices
         self.forward = jax.pmap(functions.forward, AXIS, devices=chosen)
         self.cost = jax.pmap(functions.cost, AXIS, devices=chosen)
         self.loss = jax.pmap(functions.loss, AXIS, devices=chosen)

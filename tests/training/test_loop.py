@@ -68,7 +68,7 @@ def make_config(**groups):
 def compiled_once():
     """Runs of one model share step functions, first parameters and compiled programs; the seed is 0 in all of them."""
     make_step_functions, init = build.make_step_functions, StepFunctions.init
-    functions_of, states = {}, {}
+    functions_of, states, all_devices = {}, {}, tuple(jax.local_devices())
 
     def shared_functions(config, num_classes, schedules):
         # Not the steps an epoch, which move the drop of the learning rate: it comes after all of these runs.
@@ -89,7 +89,8 @@ def compiled_once():
         patch.setattr(build, "make_step_functions", shared_functions)
         patch.setattr(StepFunctions, "init", shared_init)
         patch.setattr(StepFunctions, "__hash__", object.__hash__)
-        patch.setattr(loop, "Trainer", functools.cache(parallel.Trainer))
+        trainer_of = functools.cache(parallel.Trainer)
+        patch.setattr(loop, "Trainer", lambda functions, devices=None: trainer_of(functions, devices or all_devices))
         yield
 
 

@@ -1,0 +1,52 @@
+"""What the command line's arguments may be. Each raises ArgumentTypeError with what came and what was expected."""
+
+import argparse
+import re
+from collections.abc import Callable
+
+
+def name(text: str) -> str:
+    """A path, or the name of something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty, expected a name")
+    return text
+
+
+def whole(low: int, high: int = 1_000_000) -> Callable[[str], int]:
+    """A whole number in a range."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,20}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def pictures_a_call(text: str) -> int | None:
+    """A number of pictures; None: any."""
+    try:
+        return None if text == "any" else whole(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or any") from None
+
+
+def score(text: str) -> float:
+    """From 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a score from 0 to 1")
+    return value
+
+
+def height_x_width(text: str) -> tuple[int, int]:
+    """Of a padded picture, in pixels."""
+    sides = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    if not sides or not all(32 <= int(side) <= 16384 for side in sides.groups()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected height x width in pixels, 32 to 16384 each, such as 480x640"
+        )
+    return int(sides[1]), int(sides[2])
