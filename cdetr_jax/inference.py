@@ -133,11 +133,11 @@ class Detector:
     def _find_all(self, images: Iterable[np.ndarray], threshold: float, batch_size: int) -> list[Objects]:
         found: list[Objects | None] = []
         waiting = collections.defaultdict(list)  # by padded shape
-        sides, largest_hw = self._preprocessing, self._preprocessing.largest_hw
+        sides = self._preprocessing
         for i, image in enumerate(images):
             found.append(None)
-            resized = resize_for_evaluation(image, sides.short_side_px, sides.long_side_max_px, largest_hw)
-            shape_hw = smallest_shape(np.array([resized.shape[:2]]), (*sides.shapes_hw, largest_hw))[0]
+            resized = resize_for_evaluation(image, sides.short_side_px, sides.long_side_max_px, sides.shapes_hw)
+            shape_hw = smallest_shape(np.array([resized.shape[:2]]), sides.shapes_hw)[0]
             together = waiting[tuple(shape_hw)]
             together.append((i, image, resized))
             if len(together) == batch_size:

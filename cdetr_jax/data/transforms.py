@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from cdetr_jax.data.buckets import fitted_hw
+from cdetr_jax.data.buckets import Shapes, fit_to_shapes
 from cdetr_jax.data.plan import resized_hw
 from cdetr_jax.data.sources import clip_to_picture
 from cdetr_jax.records import Record
@@ -68,16 +68,14 @@ def transform_boxes(record: Record, row: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.concatenate([(low + high) / 2, high - low], axis=-1).astype(np.float32), category_ids
 
 
-def resize_for_evaluation(
-    image: np.ndarray, short_side_px: int, long_side_max_px: int, limit_hw: tuple[int, int]
-) -> np.ndarray:
+def resize_for_evaluation(image: np.ndarray, short_side_px: int, long_side_max_px: int, shapes: Shapes) -> np.ndarray:
     """Resizes uint8 [H, W, 3] as the evaluation plan does, for a picture that is in no plan; uint8 [h, w, 3].
 
     Args:
-      limit_hw: a picture that would still be larger, because it is very elongated, is scaled down to fit.
+      shapes: padded heights and widths; a picture that none of them would hold is scaled down to fit.
     """
     resized = resized_hw(np.array([image.shape[:2]]), short_side_px, long_side_max_px)
-    height, width = fitted_hw(resized, np.array(limit_hw))[0].tolist()
+    height, width = fit_to_shapes(resized, shapes)[0].tolist()
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 

@@ -180,5 +180,5 @@ def test_pictures_without_objects(crop):
 def test_evaluation_resize_is_that_of_the_evaluation_plan():
     row = eval_plan(np.array([(HEIGHT, WIDTH)]), np.array([0]), 40, 60, [(64, 64)], batch_size=1).rows[0, 0]
     image, _, _ = _apply(IMAGE, _record([]), row)
-    np.testing.assert_array_equal(resize_for_evaluation(IMAGE, 40, 60, (64, 64)), image)
+    np.testing.assert_array_equal(resize_for_evaluation(IMAGE, 40, 60, [(64, 64)]), image)
     np.testing.assert_array_equal(image, np.array(Image.fromarray(IMAGE).resize((53, 40), Image.BILINEAR)))
