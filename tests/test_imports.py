@@ -39,9 +39,9 @@ evaluation/postprocess
 evaluation/coco_eval
 visualization/draw visualization/curve
 training/optimizer training/step training/tensorboard
-training/parallel training/metrics training/feed
-checkpoints/mismatch
-checkpoints/io checkpoints/workdir
+training/parallel training/metrics training/feed training/stopping
+checkpoints/mismatch checkpoints/workdir
+checkpoints/io
 weights/torch_convert weights/torch_files
 weights/architecture
 weights/load
@@ -50,6 +50,7 @@ onnx_convert
 export
 config_check
 build
+training/start training/evaluate
 training/loop
 inference
 cli/settings cli/arguments
@@ -103,10 +104,10 @@ def test_no_file_imports_one_below_it(name):
 @pytest.mark.parametrize(
     "source",
     [
-        "from cdetr_jax.training.loop import evaluate",
+        "from cdetr_jax.training.loop import train_and_evaluate",
         "from cdetr_jax.training import loop",
         "import cdetr_jax.training.loop",
-        "def late():\n    from cdetr_jax.training.loop import evaluate",
+        "def late():\n    from cdetr_jax.training.loop import train_and_evaluate",
     ],
 )
 def test_the_walk_sees_a_wrong_import(source):

@@ -1,25 +1,37 @@
 """Save, restore and keep the last n and the best of the whole training state, through Orbax."""
 
 import contextlib
+import errno
+import json
 import logging
 import os
-from collections.abc import Iterator
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from absl import logging as absl_logging
 
 from cdetr_jax.checkpoints import mismatch
+from cdetr_jax.checkpoints.workdir import write_json
 from cdetr_jax.files import as_path, is_remote
+
+Content = TypeVar("Content")
+
+CHECKSUMS = "checksums"  # of a checkpoint's arrays, by the first part of their names; kept beside its position
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that cannot be read, or holds other bytes than were saved."""
 
 
 class Checkpoints:
     """The checkpoints of a run, in `workdir/checkpoints`. Saving goes on in the background; close it at the end.
 
     A checkpoint appears under its name only when it is whole, so that a process killed while saving leaves the one
-    before as the latest.
+    before as the latest. What was saved is checked at reading by a checksum, which Orbax's own files lack.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
@@ -29,32 +41,30 @@ class Checkpoints:
         """
         folder = as_path(workdir)
         self.directory = (folder if is_remote(folder) else folder.resolve()) / "checkpoints"
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(keep),
-                checkpoint_managers.BestN(
-                    get_metric_fn=_average_precision, n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"{workdir} holds no checkpoints; `cdetr train --workdir={workdir}` makes them")
+        self._scores: dict[int, float] = {}
+        self._saving: int | None = None
+        self._policy = _LatestAndBest(keep, self._scores)
         with _without_warnings():
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=None if read_only else policy,
-                    best_fn=_average_precision,
-                    keep_checkpoints_without_metrics=True,
+                    preservation_policy=None if read_only else self._policy,
                     read_only=read_only,
                     cleanup_tmp_directories=not read_only,
+                    lightweight_initialize=True,  # a damaged checkpoint does no harm until it is read
                 ),
                 # Without these a manager that has saved nothing yet cannot tell the shapes of what it holds.
                 item_handlers={"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()},
             )
+        for step in self.steps():
+            score = self._read_score(step)
+            if score is not None:
+                self._scores[step] = score
 
-    def save(self, step: int, state: Any, position: dict[str, int], metrics: dict[str, float] | None = None) -> None:
-        """Starts saving; `metrics` with an "AP" take part in the choice of the best.
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        """Starts saving.
 
         Args:
           step: optimiser steps taken.
@@ -62,11 +72,38 @@ class Checkpoints:
           position: what the data iterator needs to go on.
         Raises: OSError, if this or the save before could not be written (a full disk); what was saved before stays.
         """
+        self._wait()
+        position = {**position, CHECKSUMS: {**_checksums(state), "position": _checksum_of_json(position)}}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
-        try:
-            self._manager.save(step, args=args, metrics=metrics, force=True)
-        except OSError as error:
-            raise self._write_error(error) from error
+        self._saving = step
+        with self._writing():
+            self._manager.save(step, args=args, force=True)
+
+    def check(self) -> None:
+        """Raises OSError, as `save`, if what was being saved has failed. Does not wait."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._wait()
+
+    def set_score(self, step: int, average_precision: float) -> None:
+        """Adds the AP to a checkpoint, which thereby takes part in the choice of the best; waits until it is saved.
+
+        Raises: OSError, as `save`.
+        """
+        self._wait()
+        with self._writing(step):
+            if jax.process_index() == 0:
+                write_json(self._score_file(step), {"AP": average_precision})
+            self._scores[step] = average_precision
+            for other in set(self.steps()) - self._policy.kept(self.steps()):
+                self._manager.delete(other)
+
+    def score(self, step: int) -> float | None:
+        """The AP of a checkpoint; None if it was not evaluated."""
+        return self._scores.get(step)
+
+    def steps(self) -> list[int]:
+        """All finished checkpoints."""
+        return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step; None if there is none."""
@@ -74,18 +111,19 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of the checkpoint with the highest AP; the newest one if none was evaluated."""
-        return self._manager.best_step() or self.latest_step()
+        return _best(self.steps(), self._scores) or self.latest_step()
 
-    def restore(self, step: int, template: Any) -> tuple[Any, dict[str, int]]:
+    def restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint.
 
         Args:
           step: which.
           template: the state's `jax.eval_shape`.
         Returns: the state as NumPy arrays, and the position.
-        Raises: ValueError, if it holds other names or shapes, with what is missing, unused and mis-shaped.
+        Raises: ValueError, if it holds other names or shapes, with what is missing, unused and mis-shaped;
+          DamagedCheckpointError.
         """
-        saved = {_name(path): leaf.shape for path, leaf in _leaves(self._manager.item_metadata(step)["state"])}
+        saved = {_name(path): leaf.shape for path, leaf in _leaves(self._saved(step))}
         expected = {_name(path): leaf.shape for path, leaf in _leaves(template)}
         problems = mismatch.compare(saved, expected)
         if problems:
@@ -94,33 +132,56 @@ class Checkpoints:
                 "use the config of that run, or another workdir"
             )
         arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), template)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(arrays), position=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        return restored["state"], restored["position"]
+        with self._reading(step):
+            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays)))
+            return state["state"], self._verified_position(step, state["state"])
 
     def restore_weights(self, step: int) -> dict[str, Any]:
         """The weights that a checkpoint predicts with, without the optimiser's state.
 
         Returns: {"params": the moving average if there is one, "constants"}, NumPy arrays.
+        Raises: DamagedCheckpointError.
         """
-        saved = self._manager.item_metadata(step)["state"]
+        saved = self._saved(step)
         names = {"params": "ema_params" if saved.get("ema_params") else "params", "constants": "constants"}
         template = jax.tree.map(
             lambda leaf: np.empty(leaf.shape, leaf.dtype),
             {name: saved[name] for name in names.values() if saved.get(name)},
         )
-        with ocp.PyTreeCheckpointer() as reader:
+        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
             restored = reader.restore(
                 self.directory / str(step) / "state",
                 args=ocp.args.PyTreeRestore(
                     template, restore_args=jax.tree.map(_as_numpy, template), partial_restore=True
                 ),
             )
+            self._verified_position(step, restored)
         return {ours: restored[name] for ours, name in names.items() if name in restored}
 
-    def steps(self) -> list[int]:
-        """All finished checkpoints."""
-        return sorted(self._manager.all_steps())
+    def first_whole(self, steps: Sequence[int], read: Callable[[int], Content]) -> tuple[int, Content]:
+        """What `read` makes of the first of some checkpoints that is not damaged, and its step; warns of the others.
+
+        Raises: DamagedCheckpointError, if all are; whatever else `read` raises.
+        """
+        for step, following in zip(steps, [*steps[1:], None], strict=True):
+            try:
+                return step, read(step)
+            except DamagedCheckpointError as error:
+                if following is None:
+                    raise DamagedCheckpointError(
+                        f"{error}; there is no other checkpoint to fall back to: put back a copy of that folder, or "
+                        "train again in another workdir"
+                    ) from error
+                absl_logging.warning("%s; falling back to the checkpoint of step %d", error, following)
+        raise AssertionError("no checkpoint was asked for")
+
+    def set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, so that the run can save that step again."""
+        if jax.process_index() == 0:
+            damaged = self.directory / str(step)
+            damaged.rename(self.directory / f"{step}.damaged")
+        self._manager.reload()
+        self._scores.pop(step, None)
 
     def close(self) -> None:
         """Waits for what is being saved.
@@ -128,18 +189,109 @@ class Checkpoints:
         Raises: OSError, as `save`.
         """
         try:
-            self._manager.wait_until_finished()
-        except OSError as error:
-            raise self._write_error(error) from error
+            self._wait()
         finally:
-            self._manager.close()
+            with contextlib.suppress(Exception):  # it raises once more what `_wait` has raised
+                self._manager.close()
 
-    def _write_error(self, error: OSError) -> OSError:
-        return OSError(
-            error.errno,
-            f"could not write a checkpoint to {self.directory}: {error}; the earlier ones are whole: free some space "
-            "and run the same command again to go on",
-        )
+    def _wait(self) -> None:
+        with self._writing():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    @contextlib.contextmanager
+    def _writing(self, step: int | None = None) -> Iterator[None]:
+        """Makes one OSError with advice of the many kinds that a failed save raises in Orbax and TensorStore."""
+        try:
+            yield
+        except Exception as error:
+            is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+                sign in str(error) for sign in ("No space left", "Disk quota", "RESOURCE_EXHAUSTED")
+            )
+            reason = "the disk is full" if is_full else _one_line(error)
+            raise OSError(
+                f"could not write the checkpoint of step {self._saving if step is None else step} to {self.directory}: "
+                f"{reason}; the earlier ones are whole: {'free some space' if is_full else 'mend that'} and run the "
+                "same command again to go on"
+            ) from error
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except DamagedCheckpointError:
+            raise
+        except Exception as error:  # JSON, TensorStore, zstd and Orbax all have their own kinds
+            raise DamagedCheckpointError(
+                f"the checkpoint {self.directory / str(step)} is damaged ({_one_line(error)})"
+            ) from error
+
+    def _saved(self, step: int) -> Any:
+        """Shapes and types of a checkpoint's state."""
+        with self._reading(step):
+            return self._manager.item_metadata(step)["state"]
+
+    def _verified_position(self, step: int, state: Any) -> dict[str, Any]:
+        """The position, if all arrays of the state, or of a part of it, are as they were saved."""
+        position = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+        expected = position.pop(CHECKSUMS, None)
+        if expected is not None:  # else it was saved before there were any
+            found = {**_checksums(state), "position": _checksum_of_json(position)}
+            wrong = [name for name, checksum in found.items() if checksum != expected.get(name)]
+            if wrong:
+                raise DamagedCheckpointError(
+                    f"the checkpoint {self.directory / str(step)} is damaged (the checksum of {', '.join(wrong)} is "
+                    "not the one that was saved)"
+                )
+        return position
+
+    def _score_file(self, step: int) -> Any:
+        return self.directory / str(step) / "metrics" / "metrics"  # where Orbax keeps a checkpoint's metrics
+
+    def _read_score(self, step: int) -> float | None:
+        try:
+            return float(json.loads(self._score_file(step).read_text())["AP"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+class _LatestAndBest:
+    """Orbax's preservation policy: the last n and the best."""
+
+    def __init__(self, latest: int, scores: dict[int, float]):
+        self._latest, self._scores = latest, scores
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        return {*sorted(steps)[-self._latest :], _best(steps, self._scores)} - {None}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        kept = self.kept([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _best(steps: Sequence[int], scores: dict[int, float]) -> int | None:
+    """The step with the highest score, of equal ones the last; None if none has one."""
+    return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """CRC-32 of all arrays whose names start alike, such as those of "params"."""
+    sums: dict[str, int] = {}
+    for path, leaf in _leaves(tree):
+        part = _name(path[:1])
+        data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+        sums[part] = zlib.crc32(data, sums.get(part, 0))
+    return sums
+
+
+def _checksum_of_json(content: Any) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
 @contextlib.contextmanager
@@ -159,10 +311,6 @@ def _without_warnings() -> Iterator[None]:
 
 def _as_numpy(leaf: np.ndarray) -> ocp.RestoreArgs:
     return ocp.RestoreArgs(restore_type=np.ndarray)
-
-
-def _average_precision(metrics: dict[str, float]) -> float:
-    return metrics["AP"]
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

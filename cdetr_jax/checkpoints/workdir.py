@@ -1,15 +1,20 @@
-"""What a workdir says of its run beside the checkpoints: the config and what each class logit stands for."""
+"""What a workdir says of its run beside the checkpoints: config, classes, and which process trains in it."""
 
+import contextlib
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
+from absl import logging
 
-from cdetr_jax.files import as_path, whole_file
+from cdetr_jax.files import as_path, is_remote, whole_file
 from cdetr_jax.structs import Category
 
-CONFIG, CLASSES = "config.json", "classes.json"
+CONFIG, CLASSES, LOCK = "config.json", "classes.json", ".lock"
 
 
 def save_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
@@ -41,6 +46,38 @@ def load_classes(workdir: str | os.PathLike) -> tuple[Category | None, ...]:
     Raises: FileNotFoundError, if the folder is not a run's.
     """
     return tuple(entry and Category(**entry) for entry in _read(workdir, CLASSES))
+
+
+@contextlib.contextmanager
+def locked(workdir: str | os.PathLike) -> Iterator[None]:
+    """Keeps other runs out of a workdir during the block, and makes it. A process that is killed leaves no lock behind.
+
+    An object store has no locks, and neither have some network file systems; there it only says so.
+    Raises: ValueError, if another process trains there, with what is known of it.
+    """
+    workdir = as_path(workdir)
+    if is_remote(workdir):
+        logging.info("%s cannot be locked: make sure that no other run trains there", workdir)
+        yield
+        return
+    import fcntl  # not on every system
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(
+                f"another run trains in {workdir}: {holder}; wait for it or end it, or use another --workdir"
+            ) from None
+        except OSError as error:
+            logging.warning("%s cannot be locked (%s): make sure that no other run trains there", workdir, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
 
 
 def _read(workdir: str | os.PathLike, name: str) -> Any:

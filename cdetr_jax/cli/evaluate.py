@@ -12,7 +12,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     """
     config = read_config(arguments.config, fields) if arguments.config else None
     set_up_logging()
-    from cdetr_jax.training.loop import evaluate
+    from cdetr_jax.training.evaluate import evaluate
     from cdetr_jax.weights.load import load_weights
 
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
@@ -23,4 +23,6 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
                 "--config=configs/conditional_detr_r50.py"
             )
         config = change_config(weights.config, fields)
-    print(evaluate(config, weights).format_table())
+    metrics = evaluate(config, weights)
+    if metrics is not None:
+        print(metrics.format_table())

@@ -281,6 +281,6 @@ def run(argv: list[str] | None = None) -> None:
         message = "; ".join([str(error), *getattr(error, "__notes__", [])])
         print(f"cdetr {arguments.command}: error: {out_of_memory}{message}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:  # a training run says what it saved, and whether it was Ctrl-C or SIGTERM
+        print(f"\n{stopped if stopped.args else 'stopped'}", file=sys.stderr)
+        sys.exit(getattr(stopped, "exit_status", 130))

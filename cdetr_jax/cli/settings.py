@@ -122,7 +122,7 @@ def _value(text: str, before: Any) -> Any:
 def set_up_logging() -> None:
     """Our lines on standard error with the time only; a library's only where they warn.
 
-    Of Orbax only errors: it warns at every checkpoint without an AP, and at every folder opened for reading.
+    Of Orbax nothing: it warns at every folder opened for reading, and its errors are raised as well.
     """
     flags.FLAGS.mark_as_parsed()  # or absl says at the first line that they are not
     absl_logging.use_absl_handler()
@@ -131,11 +131,18 @@ def set_up_logging() -> None:
     ours = str(Path(__file__).parents[1])
 
     def is_shown(record: absl_logging.logging.LogRecord) -> bool:
-        level = absl_logging.logging.ERROR if "orbax" in record.pathname else absl_logging.logging.WARNING
-        return record.pathname.startswith(ours) or record.levelno >= level
+        is_warning = record.levelno >= absl_logging.logging.WARNING and "orbax" not in record.pathname
+        return record.pathname.startswith(ours) or is_warning
 
     handler.addFilter(is_shown)
     handler.setFormatter(_Plain())
+    sys.unraisablehook = _show_unraisable
+
+
+def _show_unraisable(unraisable: Any) -> None:
+    """After one failed read or write of a checkpoint, TensorStore's threads complain about each of the others."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class _Plain(absl_logging.PythonFormatter):

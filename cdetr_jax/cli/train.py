@@ -1,6 +1,7 @@
 """`cdetr train`."""
 
 import argparse
+import shlex
 
 from cdetr_jax.cli.settings import read_config, set_up_logging
 from cdetr_jax.files import as_path, check_writable_folder
@@ -15,13 +16,18 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     import jax
 
     from cdetr_jax.training.loop import train_and_evaluate
-    from cdetr_jax.visualization.curve import training_curve
+    from cdetr_jax.training.stopping import StoppedError
 
     if arguments.multihost:
         jax.distributed.initialize()
-    train_and_evaluate(config, workdir)
+    try:
+        train_and_evaluate(config, workdir)
+    except StoppedError as stopped:
+        command = ["cdetr", "train", f"--config={arguments.config}", f"--workdir={arguments.workdir}", *fields]
+        raise StoppedError(f"{stopped}; to go on: {shlex.join(command)}", stopped.exit_status) from None
     if jax.process_index() > 0:
         return
-    metrics, curve = workdir / "metrics.jsonl", workdir / "curve.png"
-    training_curve(metrics, curve)
-    print(f"checkpoints  {workdir / 'checkpoints'}\nmetrics      {metrics}\ncurve        {curve}")
+    print(f"checkpoints  {workdir / 'checkpoints'}\nmetrics      {workdir / 'metrics.jsonl'}")
+    for name, what in (("curve.png", "curve"), ("eval.png", "pictures")):
+        if (workdir / name).exists():
+            print(f"{what:<11}  {workdir / name}")

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from cdetr_jax.data.sources import Source, open_image
+from cdetr_jax.data.sources import Source, missing_files, open_image
 from cdetr_jax.records import Category, Record
 
 
@@ -60,6 +60,10 @@ class JoinedSource:
         """Returns picture `i` as a Pillow image of mode RGB. Raises: as its source."""
         part = bisect.bisect_right(self._starts, i) - 1
         return open_image(self._sources[part], i - self._starts[part])
+
+    def missing_files(self) -> list[str]:
+        """Paths of the pictures that are not there."""
+        return [path for source in self._sources for path in missing_files(source)]
 
 
 def _merge(joint: dict[str, Category], title: str, categories: Sequence[Category]) -> dict[int, int]:

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import logging
+import os
 import re
 import struct
 import zlib
@@ -56,7 +57,8 @@ class Source(Protocol):
         """Returns picture `i` as uint8 [H, W, 3] RGB, of the size in its record. Raises: BadPictureError."""
         ...
 
-    # A source may also have open_image(i), which returns the same as a Pillow image of mode RGB: it saves two copies.
+    # A source may also have open_image(i), which returns the same as a Pillow image of mode RGB: it saves two copies;
+    # and missing_files(), the paths of pictures that are not there.
 
 
 # ---------------------------------------------------------------------------------------------- picture files
@@ -180,6 +182,18 @@ class CocoFolder:
             )
         return picture
 
+    def missing_files(self) -> list[str]:
+        """Paths of the pictures that are not there; lists folders, which costs less than asking for each file."""
+        by_folder: dict[Path, list[str]] = {}
+        for record in self.records:
+            path = self._folder / record.file_name
+            by_folder.setdefault(path.parent, []).append(path.name)
+        missing = []
+        for folder, names in by_folder.items():
+            there = set(os.listdir(folder)) if folder.is_dir() else set()
+            missing += [str(folder / name) for name in names if name not in there and not (folder / name).exists()]
+        return missing
+
     def _read_records(self, images: "_Table", content: dict, category_ids: set[int]) -> tuple[Record, ...]:
         image_ids = images.unique_ids()
         names = images.column("file_name", "a text", lambda v: _text(v) or None)
@@ -265,6 +279,12 @@ def open_image(source: Source, i: int) -> Image.Image:
     """Picture `i` of any source as a Pillow image; one that has it in that form need not make an array of it."""
     opened = getattr(source, "open_image", None)
     return opened(i) if opened else Image.fromarray(source.load_image(i))
+
+
+def missing_files(source: Source) -> list[str]:
+    """Paths of the picture files of a source that are not there; empty for one without files of its own."""
+    find = getattr(source, "missing_files", None)
+    return find() if find else []
 
 
 def clip_to_picture(boxes_xywh_px: np.ndarray, heights: Any, widths: Any) -> tuple[np.ndarray, np.ndarray]:

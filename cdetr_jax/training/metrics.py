@@ -187,6 +187,14 @@ class Progress:
         elif metrics is not None:
             logging.info("%s", " ".join(filter(None, (epoch, f"step {step}/{self._total}", self._text, left))))
 
+    def say(self, text: str, *values: object) -> None:
+        """Logs a line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.clear()
+        logging.info(text, *values)
+        if self._bar is not None:
+            self._bar.refresh()
+
     def close(self) -> None:
         """Leaves the bar as it stands."""
         if self._bar is not None:

@@ -159,13 +159,18 @@ def _load_run(source: str, workdir: str, step: int | None, checkpoint: str) -> W
     fields = published_fields() | config.model.to_dict() | {"num_classes": len(classes)}
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
-        if step is None:
-            step = checkpoints.best_step() if checkpoint == "best" else checkpoints.latest_step()
-        if step is None:
+        steps = checkpoints.steps()
+        if not steps:
             raise FileNotFoundError(f"{checkpoints.directory} holds no finished checkpoint")
-        if step not in checkpoints.steps():
-            raise FileNotFoundError(f"{checkpoints.directory} has no checkpoint {step}, only {checkpoints.steps()}")
-        variables = checkpoints.restore_weights(step)
+        if step is None:
+            first = checkpoints.best_step() if checkpoint == "best" else steps[-1]
+            others = [other for other in reversed(steps) if other != first]
+            step, variables = checkpoints.first_whole([first, *others], checkpoints.restore_weights)
+        elif step in steps:
+            with naming(f"{source}, one of {', '.join(map(str, steps))}"):
+                variables = checkpoints.restore_weights(step)
+        else:
+            raise FileNotFoundError(f"{checkpoints.directory} has no checkpoint {step}, only {steps}")
     finally:
         checkpoints.close()
     given, expected = (

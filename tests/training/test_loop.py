@@ -26,8 +26,9 @@ from cdetr_jax.data.sources import BadPictureError
 from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics
 from cdetr_jax.models import resnet
 from cdetr_jax.structs import Category
-from cdetr_jax.training import loop, parallel
+from cdetr_jax.training import evaluate, loop, parallel, start
 from cdetr_jax.training.step import StepFunctions, new_rng
+from cdetr_jax.training.stopping import StoppedError
 from cdetr_jax.visualization.curve import read_metrics
 from cdetr_jax.weights.load import load_initial, load_weights
 from configs import demo
@@ -80,6 +81,8 @@ def compiled_once():
 
     def shared_init(self, rng, image_shape):
         if id(self) not in states:
+            if isinstance(rng, jax.core.Tracer):  # only the shapes are asked for
+                return init(self, rng, image_shape)
             with jax.ensure_compile_time_eval():
                 states[id(self)] = jax.tree.map(np.asarray, init(self, new_rng(0), image_shape))
         return states[id(self)]
@@ -90,7 +93,10 @@ def compiled_once():
         patch.setattr(StepFunctions, "init", shared_init)
         patch.setattr(StepFunctions, "__hash__", object.__hash__)
         trainer_of = functools.cache(parallel.Trainer)
-        patch.setattr(loop, "Trainer", lambda functions, devices=None: trainer_of(functions, devices or all_devices))
+        for module in (loop, evaluate):
+            patch.setattr(
+                module, "Trainer", lambda functions, devices=None: trainer_of(functions, devices or all_devices)
+            )
         yield
 
 
@@ -102,6 +108,10 @@ def undisturbed(tmp_path_factory):
     return config, workdir, loop.train_and_evaluate(config, workdir)
 
 
+def step_functions(config, num_classes=5):
+    return build.make_step_functions(config, num_classes, build.make_schedules(config, 1))
+
+
 def saved_steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
@@ -110,8 +120,8 @@ def saved_state(workdir, step):
     """All arrays of a checkpoint and its position, under the names that are in the file."""
     checkpoints = Checkpoints(workdir, read_only=True)
     config = loop.run_files.load_config(workdir)
-    functions = loop._functions(config, len(loop.run_files.load_classes(workdir)))
-    state, position = checkpoints.restore(step, loop._template(config, functions))
+    functions = step_functions(config, len(loop.run_files.load_classes(workdir)))
+    state, position = checkpoints.restore(step, start.template(config, functions))
     checkpoints.close()
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}, position
 
@@ -157,21 +167,25 @@ def test_the_metrics_file_tells_every_step(undisturbed):
     np.testing.assert_allclose([row["backbone_lr"] for row in train], 5e-4 * warmup, rtol=1e-6)
     assert all(name in read_metrics(workdir / "metrics.jsonl")[1] for name in CLOCK)
     assert [row["step"] for row in evaluated] == [STEPS]
+    for name in ("curve.png", "eval.png"):
+        with Image.open(workdir / name) as drawing:
+            drawing.load()
+    assert "query_embed" in (workdir / "parameters.txt").read_text()
     assert {name: evaluated[0][name] for name in SUMMARY} == summary
     assert len(summary) == 12
 
 
 def test_evaluate_gives_the_number_of_the_run_and_uses_the_moving_average(undisturbed, monkeypatch):
     config, workdir, summary = undisturbed
-    original, seen = loop._evaluate, []
+    original, seen = evaluate.detect_all, []
 
     def spy(config, trainer, variables, *rest):
         seen.append(variables)
         return original(config, trainer, variables, *rest)
 
-    monkeypatch.setattr(loop, "_evaluate", spy)
+    monkeypatch.setattr(evaluate, "detect_all", spy)
     weights = load_weights(workdir, "latest")
-    assert loop.evaluate(config, weights).summary == summary
+    assert evaluate.evaluate(config, weights).summary == summary
     state, _ = saved_state(workdir, STEPS)
     used = jax.tree_util.tree_leaves_with_path(seen[0]["params"])
     assert used
@@ -194,8 +208,6 @@ def test_predict_reads_the_workdir(undisturbed):
     assert set(found.class_ids.tolist()) == {1, 2, 3, 5, 8}
     assert (np.diff(found.scores) <= 0).all()
     assert len(detector(picture, threshold=1.0)) == 0
-    with pytest.raises(ValueError, match=r"a picture is a uint8 array \[H, W, 3\]; this is float64 \[2, 2, 3\]"):
-        detector(np.zeros((2, 2, 3)))
 
 
 def test_a_complete_run_is_left_alone(undisturbed, tmp_path):
@@ -204,6 +216,15 @@ def test_a_complete_run_is_left_alone(undisturbed, tmp_path):
     assert loop.train_and_evaluate(undisturbed[0], workdir) is None
     assert saved_steps(workdir) == list(range(1, STEPS + 1))
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_drawing_that_fails_ends_no_run(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(loop.logging, "warning", lambda text, *values: warnings.append(text % values))
+    (tmp_path / "metrics.jsonl").write_text("no JSON\n{}\n")
+    loop._draw(tmp_path)
+    assert len(warnings) == 1
+    assert "could not draw how the run goes: ValueError" in warnings[0]
 
 
 # -------------------------------------------------------------------------------------------------------- resume
@@ -261,6 +282,56 @@ def test_a_killed_run_goes_on_to_the_same_bits(last_step, is_written, undisturbe
     assert rows_without_clock(tmp_path) == rows_without_clock(undisturbed[1])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
+    number, undisturbed, tmp_path, monkeypatch
+):
+    trainer = loop.Trainer(step_functions(make_config()))
+    apply = trainer.apply
+
+    def stop(*arguments):
+        os.kill(os.getpid(), number)
+        return apply(*arguments)
+
+    monkeypatch.setattr(trainer, "apply", stop)
+    config = make_config(train={"checkpoint_every_steps": 100, "log_every_steps": 100})
+    with pytest.raises(StoppedError, match=rf"^stopped; step 1 of {STEPS} is saved in {tmp_path}$") as stopped:
+        loop.train_and_evaluate(config, tmp_path)
+    assert stopped.value.exit_status == 128 + number
+    assert saved_steps(tmp_path) == [1]
+    check_same(tmp_path, undisturbed[1], 1)
+    with Image.open(tmp_path / "curve.png") as curve:
+        curve.load()
+
+
+def test_an_evaluation_that_failed_is_made_up_for(undisturbed, tmp_path, monkeypatch):
+    """The step is saved before; the same command then evaluates it, and gives what it would have given."""
+    config = make_config(train={"max_steps": 3, "checkpoint_every_steps": 100}, eval={"every_epochs": 1})
+
+    def fail(*_):
+        raise MemoryError("too many pictures")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "coco_average_precision", fail)
+        with pytest.raises(MemoryError):
+            loop.train_and_evaluate(config, tmp_path)
+    check_same(tmp_path, undisturbed[1], 3)
+    summary = loop.train_and_evaluate(config, tmp_path)
+    assert len(summary) == 12
+    assert [row["step"] for row in rows_without_clock(tmp_path, "eval")] == [3]
+    assert loop.train_and_evaluate(config, tmp_path) is None  # once
+    assert [row["step"] for row in rows_without_clock(tmp_path, "eval")] == [3]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(undisturbed, tmp_path):
+    workdir = copy_run(undisturbed, tmp_path / "w")
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS) / "state")
+    loop.train_and_evaluate(undisturbed[0], workdir)
+    assert saved_steps(workdir) == list(range(1, STEPS + 1))
+    check_same(workdir, undisturbed[1], STEPS)
+    assert rows_without_clock(workdir) == rows_without_clock(undisturbed[1])
+
+
 # --------------------------------------------------------------------------------------------- what is kept
 
 
@@ -270,7 +341,7 @@ def test_the_last_and_the_best_by_ap_are_kept(tmp_path, monkeypatch):
     def made_up(*_):
         return CocoMetrics(dict.fromkeys(SUMMARY, 0.0) | {"AP": next(precisions)}, {}, {}, {})
 
-    monkeypatch.setattr(loop, "coco_average_precision", made_up)
+    monkeypatch.setattr(evaluate, "coco_average_precision", made_up)
     config = make_config(train={"checkpoint_every_steps": 100, "keep_checkpoints": 1}, eval={"every_epochs": 1})
     assert loop.train_and_evaluate(config, tmp_path)["AP"] == 0.3
     assert saved_steps(tmp_path) == [6, 9]
@@ -313,6 +384,26 @@ def test_another_model_in_the_same_workdir_is_refused(undisturbed, tmp_path):
     assert saved_steps(workdir) == list(range(1, STEPS + 1))
 
 
+def test_other_classes_in_the_same_workdir_are_refused(undisturbed, tmp_path):
+    workdir = copy_run(undisturbed, tmp_path / "w")
+    classes = list(loop.run_files.load_classes(workdir))
+    classes[0], classes[1] = classes[1], None
+    loop.run_files.save_classes(workdir, tuple(classes))
+    before = (workdir / "classes.json").read_bytes()
+    with pytest.raises(
+        ValueError,
+        match=r"w holds another run: class logit 0 was 'square' \(id 2\), is 'disc' \(id 1\); class logit 1 was "
+        r"nothing, is 'square' \(id 2\)\. Use another",
+    ):
+        loop.train_and_evaluate(undisturbed[0], workdir)
+    assert (workdir / "classes.json").read_bytes() == before
+
+
+def test_two_runs_in_one_workdir_are_refused(tmp_path):
+    with loop.run_files.locked(tmp_path), pytest.raises(ValueError, match=r"another run trains in .* process"):
+        loop.train_and_evaluate(make_config(), tmp_path)
+
+
 def test_other_steps_an_epoch_are_refused(undisturbed, tmp_path):
     workdir = copy_run(undisturbed, tmp_path / "w", without=["config.json"])
     with pytest.raises(ValueError, match=r"has 3 steps an epoch, but .* now give 4; use the same data"):
@@ -351,7 +442,7 @@ def test_no_pictures_for_one_batch(tmp_path):
     ],
 )
 def test_parameters_that_are_not_finite_end_the_run_unsaved(every, log, message, undisturbed, tmp_path, monkeypatch):
-    trainer = loop.Trainer(loop._functions(make_config(), 5))
+    trainer = loop.Trainer(step_functions(make_config(), 5))
     apply, calls = trainer.apply, []
 
     def poisoned(state, grads, losses):
@@ -372,7 +463,7 @@ def test_parameters_that_are_not_finite_end_the_run_unsaved(every, log, message,
 
 @pytest.mark.parametrize("field", ["class_loss", "giou_loss"])
 def test_a_loss_that_is_not_finite_ends_the_run_unsaved(field, undisturbed, tmp_path, monkeypatch):
-    trainer = loop.Trainer(loop._functions(make_config(), 5))
+    trainer = loop.Trainer(step_functions(make_config(), 5))
     loss, calls = trainer.loss, []
 
     def poisoned(*arguments):
@@ -399,7 +490,7 @@ def test_other_pictures_than_before_are_noticed(undisturbed, tmp_path, monkeypat
     monkeypatch.setattr(loop.logging, "warning", lambda text, *values: warnings.append(text % values))
     config = make_config(train={"max_steps": 1})
     for sizes, expected in (([[32, 32]], 0), ([[32, 32]], 0), ([[32, 31]], 1)):
-        monkeypatch.setattr(loop, "sizes_hw", lambda _, sizes=sizes: np.array(sizes))
+        monkeypatch.setattr(start, "sizes_hw", lambda _, sizes=sizes: np.array(sizes))
         loop.train_and_evaluate(config, tmp_path)
         assert sum("pictures have other sizes than before" in warning for warning in warnings) == expected
 
@@ -454,7 +545,7 @@ def test_damaged_pictures_of_an_evaluation_are_told_with_it(damaged, undisturbed
     config = make_config(data=folder | {"on_error": "skip", "max_bad_fraction": 0.1})
     weights = load_weights(undisturbed[1])
     weights = dataclasses.replace(weights, classes=tuple(Category(10 * i, f"kind {i}") for i in range(5)))
-    loop.evaluate(config, weights)
+    evaluate.evaluate(config, weights)
     assert warnings[-1] == "1 damaged pictures count as if nothing had been found in them: ['picture_7.jpg']"
 
 
@@ -465,7 +556,7 @@ def test_a_config_read_back_is_the_config(undisturbed):
 
 
 def empty_state(config, num_classes):
-    shapes = loop._template(config, loop._functions(config, num_classes))
+    shapes = start.template(config, step_functions(config, num_classes))
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
@@ -473,7 +564,7 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path):
     """Here with 7 classes instead of 5: all but the class head is taken over, the head is left as it was made."""
     workdir = undisturbed[1]
     classes = tuple(Category(i, f"thing {i}") for i in range(7))
-    state = loop._start_from(load_initial(str(workdir)), empty_state(make_config(), 7), classes, tmp_path)
+    state = start._start_from(load_initial(str(workdir)), empty_state(make_config(), 7), classes, tmp_path)
     expected = load_weights(workdir).variables["params"]
     head, _ = state.params["class_embed"], expected.pop("class_embed")
     jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in state.params.items() if k in expected}, expected)
@@ -492,7 +583,7 @@ def test_starting_from_another_model_is_refused(undisturbed, tmp_path):
     with pytest.raises(
         ValueError, match=r"config\.init=.*unused .*decoder_layers_1.*mis-shaped .*query_embed.*num_queries=7"
     ):
-        loop._start_from(initial, empty_state(config, 5), initial.classes, tmp_path)
+        start._start_from(initial, empty_state(config, 5), initial.classes, tmp_path)
 
 
 def test_a_run_that_is_refused_leaves_no_report(undisturbed, tmp_path):

@@ -244,7 +244,8 @@ def run(tmp_path_factory):
     shutil.rmtree(workdir / "checkpoints")
     checkpoints = Checkpoints(workdir, keep=2)
     for step, precision in ((3, 0.5), (5, 0.2)):
-        checkpoints.save(step, made_up(seed=step).variables, {"epoch": 0, "batch": 0}, {"AP": precision})
+        checkpoints.save(step, made_up(seed=step).variables, {"epoch": 0, "batch": 0})
+        checkpoints.set_score(step, precision)
     checkpoints.close()
     return workdir
 

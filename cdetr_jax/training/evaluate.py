@@ -1,0 +1,159 @@
+"""Evaluation of a detector: COCO AP, and a sheet of a few pictures with what was found in them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from cdetr_jax import build
+from cdetr_jax.classes import ClassTable, classes_in_data
+from cdetr_jax.config_check import check_config
+from cdetr_jax.data.plan import EpochPlan
+from cdetr_jax.data.sources import Source
+from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics, coco_average_precision
+from cdetr_jax.training.feed import Feed
+from cdetr_jax.training.parallel import Trainer
+from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
+from cdetr_jax.weights.load import FREE_FIELDS, Weights
+
+SHEET_PICTURES, SHEET_COLUMNS, SHEET_THRESHOLD = 8, 4, 0.3
+
+Results = list[dict[str, Any]]  # in COCO's format
+
+
+def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics | None:
+    """COCO AP of a detector on the config's evaluation pictures.
+
+    Args:
+      config: its data and eval fields count, and those of the model that the weights leave open.
+      weights: of `load_weights`. Their classes are found in the data by name, see `classes_in_data`.
+    Returns: None on all processes but the first.
+    Raises: ValueError, FileNotFoundError, if the weights or the data do not fit the config.
+    """
+    config = _with_model_of(weights, config)
+    check_config(config)
+    source = build.make_source(config, "eval")
+    logging.info("%d pictures", len(source))
+    functions = build.make_step_functions(config, len(weights.classes), build.make_schedules(config, 1))
+    trainer = Trainer(functions)
+    variables = trainer.replicate(weights.variables)
+    plan = build.make_eval_plan(config, source, jax.device_count())
+    results = detect_all(config, trainer, variables, source, plan, weights.classes)
+    return None if results is None else coco_average_precision(source.records, source.categories, results)
+
+
+def detect_all(
+    config: ml_collections.ConfigDict,
+    trainer: Trainer,
+    variables: Any,
+    source: Source,
+    plan: EpochPlan,
+    classes: ClassTable,
+    stop: Callable[[], bool] = lambda: False,
+) -> Results | None:
+    """What is found in every picture of a source, in a plan's batches.
+
+    Args:
+      variables: replicated.
+      stop: asked before every batch; once it says so, nothing more is done.
+    Returns: None after a stop, and on all processes but the first.
+    """
+    is_first_process = jax.process_index() == 0
+    classes = classes_in_data(classes, source.categories)
+    batches = build.make_eval_batches(config, source, plan)
+    feed = Feed(batches, trainer.put)
+    results = []
+    try:
+        for [placed] in feed:
+            if stop():
+                return None
+            index = placed.index.reshape(-1)
+            detections = trainer.detect(variables, placed)
+            if jax.process_count() > 1:
+                detections, index = multihost_utils.process_allgather((detections, index), tiled=True)
+            if not is_first_process:
+                continue
+            for row, i in enumerate(index):
+                if i >= 0:
+                    found = jax.tree.map(lambda x, row=row: x[row], detections)
+                    results += coco_results(source.records[i].image_id, found, classes)
+    finally:
+        feed.close()
+    if batches.bad_files:
+        logging.warning(
+            "%d damaged pictures count as if nothing had been found in them: %s",
+            len(batches.bad_files), sorted(batches.bad_files),
+        )  # fmt: skip
+    return results if is_first_process else None
+
+
+def shared_summary(source: Source, results: Results | None) -> dict[str, float]:
+    """The 12 COCO numbers, computed by the first process, for all of them: they decide which checkpoint is the best."""
+    summary = dict.fromkeys(SUMMARY, 0.0)
+    if results is not None:
+        summary = coco_average_precision(source.records, source.categories, results).summary
+    if jax.process_count() == 1:
+        return summary
+    as_bytes = np.array(list(summary.values()), np.float64).view(np.uint8)  # JAX would make float32 of them
+    values = np.asarray(multihost_utils.broadcast_one_to_all(as_bytes)).view(np.float64)
+    return dict(zip(SUMMARY, values.tolist(), strict=True))
+
+
+def coco_results(image_id: int, detections: Any, classes: ClassTable) -> Results:
+    """One picture's detections in COCO's results format; logits that stand for nothing are left out."""
+    results = []
+    for score, label, (left, top, right, bottom) in zip(
+        detections.scores.tolist(), detections.labels.tolist(), detections.boxes_xyxy_px.tolist(), strict=True
+    ):
+        if classes[label] is not None:
+            box = [left, top, right - left, bottom - top]
+            results.append({"image_id": image_id, "category_id": classes[label].id, "bbox": box, "score": score})
+    return results
+
+
+def evaluation_sheet(source: Source, results: Results, seed: int) -> Image.Image:
+    """The same few pictures of a source at every call: a row as annotated, and under it what was found in them."""
+    chosen = np.random.default_rng(seed).permutation(len(source))[:SHEET_PICTURES].tolist()
+    names = {category.id: category.name for category in source.categories}
+    image_ids = {source.records[i].image_id for i in chosen}
+    found = [result for result in results if result["image_id"] in image_ids and result["score"] >= SHEET_THRESHOLD]
+    found.sort(key=lambda result: -result["score"])
+    panels = []
+    for row in (chosen[i : i + SHEET_COLUMNS] for i in range(0, len(chosen), SHEET_COLUMNS)):
+        pictures = [source.load_image(i) for i in row]
+        for picture, i in zip(pictures, row, strict=True):
+            record = source.records[i]
+            labels = [names[category_id] for category_id in record.category_ids.tolist()]
+            panels.append(_drawn(picture, record.boxes_xywh_px, labels, None, names))
+        for picture, i in zip(pictures, row, strict=True):
+            of_picture = [result for result in found if result["image_id"] == source.records[i].image_id]
+            boxes = np.array([result["bbox"] for result in of_picture], np.float64)
+            labels = [names[result["category_id"]] for result in of_picture]
+            panels.append(_drawn(picture, boxes, labels, [result["score"] for result in of_picture], names))
+    return contact_sheet(panels, min(SHEET_COLUMNS, len(chosen)), cell_px=320)
+
+
+def _drawn(
+    picture: np.ndarray, boxes_xywh_px: np.ndarray, labels: Sequence[str], scores: Any, names: dict[int, str]
+) -> Image.Image:
+    boxes = boxes_xywh_px.reshape(-1, 4)
+    boxes_xyxy_px = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    class_names = sorted(names.values()) if len(names) <= 15 else None
+    return draw_boxes(picture, boxes_xyxy_px, labels, scores, class_names=class_names)
+
+
+def _with_model_of(weights: Weights, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for name, value in weights.model.items():
+            if name in FREE_FIELDS:
+                continue
+            if config.model[name] not in (value, 0):  # 0: to be counted
+                logging.info("config.model.%s is %r: the weights' own value counts", name, value)
+            config.model[name] = value
+    return config

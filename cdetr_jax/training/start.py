@@ -1,0 +1,185 @@
+"""The start of a run: whether it is the workdir's run, whether its data are there, and its first state."""
+
+import contextlib
+import itertools
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import logging
+from clu import parameter_overview
+
+from cdetr_jax.checkpoints import workdir as run_files
+from cdetr_jax.checkpoints.io import Checkpoints
+from cdetr_jax.classes import ClassTable, classes_in_data
+from cdetr_jax.data.pipeline import sizes_hw
+from cdetr_jax.data.sources import Source, missing_files
+from cdetr_jax.files import as_path, whole_file
+from cdetr_jax.records import Category
+from cdetr_jax.training.optimizer import FROZEN, parameter_groups
+from cdetr_jax.training.step import TrainState, new_rng
+from cdetr_jax.weights.load import Backbone, Weights, load_initial
+from cdetr_jax.weights.start import check_form, start_from
+
+# Fields that may change between the start of a run and its resumption: they do not touch the weights.
+FREE_GROUPS = ("eval",)
+FREE_FIELDS = (
+    "data.workers",
+    "data.threads",
+    "data.eval_images",
+    "data.eval_annotations",
+    "data.train_images",
+    "data.train_annotations",
+    "data.tfds_data_dir",
+    "data.tfds_name",
+    "data.train_split",
+    "data.eval_split",
+    "data.eval_shapes",
+    "data.num_eval_shapes",
+    "data.on_error",
+    "data.max_bad_fraction",
+    "train.num_epochs",
+    "train.max_steps",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+)
+SHOWN_CLASSES = 8
+INIT_SHAPE = (64, 64)  # of a picture; the parameters do not depend on it
+
+
+def template(config: ml_collections.ConfigDict, functions: Any) -> TrainState:
+    return jax.eval_shape(lambda: functions.init(new_rng(config.seed), INIT_SHAPE))
+
+
+def initial_state(
+    config: ml_collections.ConfigDict,
+    functions: Any,
+    checkpoints: Checkpoints,
+    planned_from: dict[str, Any],
+    classes: ClassTable,
+) -> tuple[TrainState, int]:
+    """The newest undamaged checkpoint's state and step, or a new state and 0.
+
+    Raises: ValueError, if it does not fit the config or the data; DamagedCheckpointError, if all are damaged.
+    """
+    steps = checkpoints.steps()[::-1]
+    if not steps:
+        initial = load_initial(config.init) if config.init else None
+        if isinstance(initial, Weights):
+            check_form(initial, config.model.to_dict())
+        state = functions.init(new_rng(config.seed), INIT_SHAPE)
+        if initial is not None:
+            state = _start_from(initial, state, classes, checkpoints.directory.parent)
+        return state, 0
+    shapes = template(config, functions)
+    step, (state, position) = checkpoints.first_whole(steps, lambda step: checkpoints.restore(step, shapes))
+    if position["steps_per_epoch"] != planned_from["steps_per_epoch"]:
+        raise ValueError(
+            f"the run in {checkpoints.directory.parent} has {position['steps_per_epoch']} steps an epoch, but the "
+            f"training data and config.train.batch_size now give {planned_from['steps_per_epoch']}; use the same data, "
+            "or another workdir"
+        )
+    if (planned_from | position)["pictures"] != planned_from["pictures"]:
+        logging.warning("The training pictures have other sizes than before: from here on the epochs' plans are others")
+    for damaged in steps[: steps.index(step)]:
+        checkpoints.set_aside(damaged)
+    logging.info("Going on from step %d, in %s", step, checkpoints.directory)
+    return state, step
+
+
+def check_data(
+    config: ml_collections.ConfigDict, source: Source, eval_source: Source | None, classes: ClassTable
+) -> None:
+    """Looks through both data sets before anything is trained: an evaluation may be hours away.
+
+    Raises: ValueError, if the evaluation set has no picture, one of a size that cannot be, or no class of the training set; FileNotFoundError, if pictures are
+      missing, unless damaged ones are to be skipped, when it only warns.
+    """
+    sets = (("training", "train_images", source), ("evaluation", "eval_images", eval_source))
+    for what, field, each in sets:
+        missing = missing_files(each) if each is not None else []
+        if missing:
+            message = (
+                f"{len(missing)} of {len(each)} pictures of the {what} set are missing: {', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}; is config.data.{field} the right "
+                "folder?"
+            )
+            if config.data.on_error == "raise":
+                raise FileNotFoundError(message)
+            logging.warning("%s", message)
+    if eval_source is not None:
+        try:
+            sizes_hw(eval_source)
+            classes_in_data(classes, eval_source.categories)
+        except ValueError as error:
+            raise ValueError(f"the evaluation set: {error}") from error
+
+
+def fingerprint(source: Source) -> str:
+    """Of all that a plan depends on in the data: with another one, (epoch, batch) means other pictures."""
+    return f"{zlib.crc32(sizes_hw(source).tobytes()):08x}"
+
+
+def _start_from(initial: Weights | Backbone, state: TrainState, classes: ClassTable, workdir: Path) -> TrainState:
+    """A new run's state with loaded weights; `workdir/init.json` tells of every array where it is from."""
+    report_path = workdir / "init.json" if jax.process_index() == 0 else None
+    variables = start_from(initial, {"params": state.params, "constants": state.constants}, classes, report_path)
+    ema_params = None if state.ema_params is None else variables["params"]
+    return state.replace(params=variables["params"], constants=variables.get("constants", {}), ema_params=ema_params)
+
+
+def check_same_run(config: ml_collections.ConfigDict, classes: ClassTable, workdir: str | os.PathLike) -> None:
+    """Raises ValueError if the workdir's run has other classes, or other values in a field that its weights need."""
+    changes = []
+    with contextlib.suppress(FileNotFoundError):
+        flat_before, flat_now = _flatten(run_files.load_config(workdir).to_dict()), _flatten(config.to_dict())
+        for field in sorted(flat_before):  # a field that came later has, as its default, what was done before
+            free = field in FREE_FIELDS or field.split(".")[0] in FREE_GROUPS
+            if not free and _plain(flat_before[field]) != _plain(flat_now.get(field)):
+                changes.append(f"config.{field} was {flat_before[field]!r}, is {flat_now.get(field)!r}")
+    with contextlib.suppress(FileNotFoundError):
+        logits = list(itertools.zip_longest(run_files.load_classes(workdir), classes))
+        differing = [logit for logit, (before, now) in enumerate(logits) if before != now]
+        changes += [
+            f"class logit {logit} was {_named(logits[logit][0])}, is {_named(logits[logit][1])}"
+            for logit in differing[:SHOWN_CLASSES]
+        ]
+        if len(differing) > SHOWN_CLASSES:
+            changes.append(f"so are {len(differing) - SHOWN_CLASSES} more class logits")
+    if changes:
+        raise ValueError(
+            f"{workdir} holds another run: {'; '.join(changes)}. Use another --workdir, or undo the changes"
+        )
+
+
+def _named(category: Category | None) -> str:
+    return "nothing" if category is None else f"{category.name!r} (id {category.id})"
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def describe_parameters(workdir: str | os.PathLike, params: Any, frozen_modules: tuple[str, ...]) -> str:
+    """Writes the table of all parameters to `workdir/parameters.txt`. Returns: how many there are, in a line."""
+    path = as_path(workdir) / "parameters.txt"
+    with whole_file(path) as temporary:
+        table = parameter_overview.get_parameter_overview(params, include_stats=False)
+        temporary.write_text(table + "\n", encoding="utf-8")
+    groups = jax.tree.leaves(parameter_groups(params, frozen_modules))
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    frozen = sum(size for size, group in zip(sizes, groups, strict=True) if group == FROZEN)
+    total = sum(sizes)
+    return f"{total / 1e6:.2f} M parameters, {(total - frozen) / 1e6:.2f} M of them trained, listed in {path}"
