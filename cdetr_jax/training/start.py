@@ -96,8 +96,8 @@ def check_data(
 ) -> None:
     """Looks through both data sets before anything is trained: an evaluation may be hours away.
 
-    Raises: ValueError, if the evaluation set has no picture, one of a size that cannot be, or no class of the training set; FileNotFoundError, if pictures are
-      missing, unless damaged ones are to be skipped, when it only warns.
+    Raises: ValueError, if the evaluation set has no picture, one of a size that cannot be, or no class of the training
+      set; FileNotFoundError, if pictures are missing, unless damaged ones are to be skipped, when it only warns.
     """
     sets = (("training", "train_images", source), ("evaluation", "eval_images", eval_source))
     for what, field, each in sets:
