@@ -105,8 +105,8 @@ def check_data(
         if missing:
             message = (
                 f"{len(missing)} of {len(each)} pictures of the {what} set are missing: {', '.join(missing[:3])}"
-                f"{', ...' if len(missing) > 3 else ''}; is config.data.{field} the right "
-                "folder?"
+                f"{', ...' if len(missing) > 3 else ''}; is config.data.{field} the "
+                "right folder?"
             )
             if config.data.on_error == "raise":
                 raise FileNotFoundError(message)
