@@ -17,7 +17,10 @@ ELEMENTWISE = {
     "eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual",
 }  # fmt: skip
 UNCHANGED = ("stop_gradient", "copy", "copy_p", "optimization_barrier")
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+CALLS = {
+    "jit": "jaxpr", "pjit": "jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
+}  # fmt: skip
 
 
 def to_onnx(function: Callable[..., dict[str, Any]], inputs: dict[str, jax.ShapeDtypeStruct]) -> Any:
@@ -102,7 +105,8 @@ class _Graph:
         name, params, out = eqn.primitive.name, eqn.params, eqn.outvars[0].aval
         if name in CALLS:
             inner = params[CALLS[name]]
-            return self.run(inner.jaxpr, inner.consts, operands)
+            closed = isinstance(inner, core.ClosedJaxpr)
+            return self.run(inner.jaxpr if closed else inner, inner.consts if closed else (), operands)
         if name in UNCHANGED:
             return operands
         if name != "broadcast_in_dim" and all(v.constant is not None and v.is_whole for v in operands):

@@ -17,6 +17,7 @@ records
 structs
 classes
 boxes files
+models/elementwise
 models/attention
 models/position models/resnet
 models/transformer

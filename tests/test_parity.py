@@ -268,10 +268,10 @@ def start(case, variables):
 
 def gradients(trainer, state, placed, match=None):
     """The gradients and losses of a replicated state, and their match: the given one, or SciPy's."""
-    predictions, pullback = trainer.forward(state, placed.batch.images, placed.batch.sizes_hw, trainer.number(0))
+    predictions, residuals = trainer.forward(state, placed.batch.images, placed.batch.sizes_hw, trainer.number(0))
     match = match or trainer.match(trainer.cost(predictions, placed.batch.targets), placed)
     cotangents, losses = trainer.loss(predictions, placed.batch.targets, match, trainer.counts([placed]))
-    return trainer.backward(pullback, cotangents), losses, match
+    return trainer.backward(state, residuals, cotangents), losses, match
 
 
 class Steps(NamedTuple):

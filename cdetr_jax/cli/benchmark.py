@@ -75,13 +75,13 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         placed = trainer.put(batch)
         images, sizes_hw, targets = placed.batch.images, placed.batch.sizes_hw, placed.batch.targets
         number = trainer.number(0)
-        predictions, pullback = clock.time("forward", trainer.forward, state, images, sizes_hw, number)
+        predictions, residuals = clock.time("forward", trainer.forward, state.network, images, sizes_hw, number)
         cost = clock.time("cost", trainer.cost, predictions, targets)
         match = clock.time("matching", trainer.match, cost, placed)
         counts = trainer.counts([placed])
         cotangents, losses = clock.time("losses", trainer.loss, predictions, targets, match, counts)
-        grads = clock.time("backward", trainer.backward, pullback, cotangents)
-        del pullback
+        grads = clock.time("backward", trainer.backward, state.network, residuals, cotangents)
+        del residuals
         state, _ = clock.time("update", trainer.apply, state, grads, losses)
         return state
 

@@ -1,11 +1,14 @@
 """Multi-head attention whose query/key width may exceed the value width, and the linear layers around it."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from cdetr_jax.models.elementwise import is_kept, keep, new_seed, relu
 from cdetr_jax.structs import AnyArray
 
 
@@ -26,6 +29,14 @@ def along_last(vector: Float[AnyArray, " D"], like: AnyArray) -> Float[AnyArray,
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def affine(
+    x: Float[AnyArray, "... I"], kernel: Float[AnyArray, "I O"], bias: Float[AnyArray, " O"]
+) -> Float[AnyArray, "... O"]:
+    """`x W + b` in x's dtype. The backward pass keeps x and the parameters themselves, no copy in another dtype."""
+    return x @ kernel.astype(x.dtype) + along_last(bias.astype(x.dtype), x)
+
+
 class Linear(nn.Module):
     """`x W + b`; without a `bias_init` the bias is uniform within 1/sqrt(fan_in), PyTorch's default."""
 
@@ -39,8 +50,7 @@ class Linear(nn.Module):
         fan_in = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
         bias = self.param("bias", self.bias_init or _uniform(fan_in**-0.5), (self.features,))
-        dtype = compute_dtype(self.dtype, kernel)
-        return x.astype(dtype) @ kernel.astype(dtype) + along_last(bias.astype(dtype), x)
+        return affine(x.astype(compute_dtype(self.dtype, kernel)), kernel, bias)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:
@@ -68,15 +78,77 @@ class MLP(nn.Module):
             kernel_init, bias_init = (self.kernel_init, None) if self.last_init is None or i < last else self.last_init
             x = Linear(features, kernel_init, bias_init, self.dtype, name=f"layers_{i}")(x)
             if i < last:
-                x = nn.relu(x)
+                x = relu(x)
         return x
 
 
-class Attend(nn.Module):
-    """softmax(q k / sqrt(d)) v per head, then the output projection.
+def attend(
+    q: Float[Array, "B Q N d"],
+    k: Float[Array, "B S N d"],
+    v: Float[Array, "B S N e"],
+    is_pad: Bool[Array, "B S"] | None,
+    dropout: float = 0.0,
+    rng: Array | None = None,
+) -> Float[Array, "B Q N e"]:
+    """dropout(softmax(q k / sqrt(d))) v per head. `is_pad`: True = this key counts for nothing; no `rng`: no dropout.
 
-    The scores are compared in at least float32 whatever the compute dtype.
+    The scores are compared in at least float32 whatever the dtype. Nothing of their size is kept for the backward pass,
+    which computes them again, and draws the same dropout from the same `rng` (as arXiv:2205.14135 does, section 3.1).
     """
+    # The precision is handed on: the backward pass is traced later, when the default may be another.
+    return _attend(q, k, v, is_pad, new_seed(rng, dropout), dropout, jax.config.jax_default_matmul_precision)
+
+
+def _scores(q, k, is_pad, precision):
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum(
+        "bqnd,bsnd->bnqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=dtype, precision=precision
+    )
+    # Finite, so that a picture that is all padding gives numbers and not NaN.
+    return scores if is_pad is None else jnp.where(is_pad[:, None, None, :], jnp.finfo(dtype).min, scores)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, is_pad, seed, dropout, precision):
+    return _attend_fwd(q, k, v, is_pad, seed, dropout, precision)[0]
+
+
+def _attend_fwd(q, k, v, is_pad, seed, dropout, precision):
+    scores = _scores(q, k, is_pad, precision)
+    largest = scores.max(-1)
+    exponentials = jnp.exp(scores - largest[..., None])
+    total = exponentials.sum(-1)
+    weights = (exponentials / total[..., None]).astype(v.dtype)
+    out = jnp.einsum("bnqs,bsne->bqne", _drop(weights, seed, dropout), v, precision=precision)
+    return out, (q, k, v, is_pad, seed, out, largest, total)
+
+
+def _attend_bwd(dropout, precision, residuals, ct):
+    q, k, v, is_pad, seed, out, largest, total = residuals
+    scores = _scores(q, k, is_pad, precision)
+    weights = (jnp.exp(scores - largest[..., None]) / total[..., None]).astype(v.dtype)
+    v_ct = jnp.einsum("bnqs,bqne->bsne", _drop(weights, seed, dropout), ct, precision=precision)
+    weights_ct = jnp.einsum("bqne,bsne->bnqs", ct, v, preferred_element_type=scores.dtype, precision=precision)
+    # The sum over s of weights * weights_ct, from what is there already.
+    mean = jnp.einsum("bqne,bqne->bnq", ct, out, preferred_element_type=scores.dtype, precision=precision)
+    scores_ct = weights * (_drop(weights_ct, seed, dropout) - mean[..., None])
+    if is_pad is not None:
+        scores_ct = jnp.where(is_pad[:, None, None, :], 0, scores_ct)
+    scores_ct, scale = scores_ct.astype(q.dtype), q.shape[-1] ** -0.5
+    q_ct = jnp.einsum("bnqs,bsnd->bqnd", scores_ct, k * scale, precision=precision)
+    k_ct = jnp.einsum("bnqs,bqnd->bsnd", scores_ct, q * scale, precision=precision)
+    return q_ct, k_ct, v_ct, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _drop(weights, seed, dropout):
+    return weights if seed is None else keep(weights, is_kept(seed, weights.shape, dropout), dropout)
+
+
+class Attend(nn.Module):
+    """`attend`, then the output projection."""
 
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
@@ -91,14 +163,8 @@ class Attend(nn.Module):
         train: bool,
     ) -> Float[Array, "B Q D"]:
         """Attends from `q` to `k`, `v`; `is_pad`: True = this key counts for nothing. Returns width N * e."""
-        dtype = jnp.promote_types(q.dtype, jnp.float32)
-        scores = jnp.einsum("bqnd,bsnd->bnqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=dtype)
-        if is_pad is not None:
-            # Finite, so that a picture that is all padding gives numbers and not NaN.
-            scores = jnp.where(is_pad[:, None, None, :], jnp.finfo(dtype).min, scores)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
-        out = jnp.einsum("bnqs,bsne->bqne", weights, v)
+        rng = self.make_rng("dropout") if train and self.dropout > 0 else None
+        out = attend(q, k, v, is_pad, self.dropout, rng)
         out = out.reshape(*out.shape[:2], -1)
         return Linear(out.shape[-1], bias_init=nn.initializers.zeros, dtype=self.dtype, name="out_proj")(out)
 

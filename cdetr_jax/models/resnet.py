@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cdetr_jax.models.attention import along_last, compute_dtype
+from cdetr_jax.models.elementwise import relu
 from cdetr_jax.structs import AnyArray
 
 STAGE_SIZES = {
@@ -51,11 +52,11 @@ def conv2d(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv2d(x, kernel, stride, dilation, precision):
-    return _plain_conv(x, kernel, stride, dilation, precision)
+    return _plain_conv(x, kernel.astype(x.dtype), stride, dilation, precision)
 
 
 def _conv2d_fwd(x, kernel, stride, dilation, precision):
-    return _plain_conv(x, kernel, stride, dilation, precision), (x, kernel)
+    return _conv2d(x, kernel, stride, dilation, precision), (x, kernel)
 
 
 def _kernel_gradient_by_taps(x, kernel, ct, *, stride: int, dilation: int, precision: str | None = None):
@@ -79,17 +80,25 @@ def _kernel_gradient_by_conv(x, kernel, ct, *, stride: int, dilation: int, preci
 
 
 def _conv2d_bwd(stride, dilation, precision, residuals, ct):
-    x, kernel = residuals
+    x, parameter = residuals
+    kernel = parameter.astype(x.dtype)
     (x_ct,) = jax.vjp(lambda x: _plain_conv(x, kernel, stride, dilation, precision), x)[1](ct)
     settings = {"stride": stride, "dilation": dilation, "precision": precision}
     by_conv = functools.partial(_kernel_gradient_by_conv, **settings)
     if min(kernel.shape[2:]) < 64:
-        return x_ct, by_conv(x, kernel, ct)
+        return x_ct, by_conv(x, kernel, ct).astype(parameter.dtype)
     by_taps = functools.partial(_kernel_gradient_by_taps, **settings)
-    return x_ct, lax.platform_dependent(x, kernel, ct, cpu=by_taps, default=by_conv)
+    kernel_ct = lax.platform_dependent(x, kernel, ct, cpu=by_taps, default=by_conv)
+    return x_ct, kernel_ct.astype(parameter.dtype)
 
 
 _conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _product(x, kernel):
+    """A 1x1 convolution. The backward pass keeps x and the parameter itself."""
+    return x @ kernel[0, 0].astype(x.dtype)
 
 
 class Conv(nn.Module):
@@ -106,9 +115,9 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", he_normal, shape)
         dtype = compute_dtype(self.dtype, kernel)
-        kernel, x = kernel.astype(dtype), x.astype(dtype)
+        x = x.astype(dtype)
         if self.size == 1:
-            return x[:, :: self.stride, :: self.stride] @ kernel[0, 0]
+            return _product(x[:, :: self.stride, :: self.stride], kernel)
         return conv2d(x, kernel, self.stride, self.dilation)
 
 
@@ -131,8 +140,14 @@ class FrozenBatchNorm(nn.Module):
         bias = self.variable("constants", "bias", jnp.zeros, shape).value
         mean = self.variable("constants", "mean", jnp.zeros, shape).value
         var = self.variable("constants", "var", jnp.ones, shape).value
-        scale = scale * lax.rsqrt(var + self.eps)
-        return (x * along_last(scale, x) + along_last(bias - mean * scale, x)).astype(x.dtype)
+        return _normalized(x, scale, bias, mean, var, self.eps)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=5)
+def _normalized(x, scale, bias, mean, var, eps):
+    """The backward pass keeps the constants themselves."""
+    scale = scale * lax.rsqrt(var + eps)
+    return (x * along_last(scale, x) + along_last(bias - mean * scale, x)).astype(x.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -168,10 +183,10 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         y = Conv(self.features, 3, self.stride, self.first_dilation, self.dtype, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         y = Conv(self.features, 3, 1, self.dilation, self.dtype, name="conv2")(y)
         y = self.norm(scale_init=RESIDUAL_SCALE, name="bn2")(y)
-        return nn.relu(y + _shortcut(self, x, self.features))
+        return relu(y + _shortcut(self, x, self.features))
 
 
 class Bottleneck(nn.Module):
@@ -187,12 +202,12 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         y = Conv(self.features, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         y = Conv(self.features, 3, self.stride, self.first_dilation, self.dtype, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn2")(y))
+        y = relu(self.norm(name="bn2")(y))
         y = Conv(4 * self.features, dtype=self.dtype, name="conv3")(y)
         y = self.norm(scale_init=RESIDUAL_SCALE, name="bn3")(y)
-        return nn.relu(y + _shortcut(self, x, 4 * self.features))
+        return relu(y + _shortcut(self, x, 4 * self.features))
 
 
 def _shortcut(block: BasicBlock | Bottleneck, x: Array, features: int) -> Array:
@@ -227,7 +242,7 @@ class ResNet(nn.Module):
         norm = NORMS[self.norm]
         block = Bottleneck if BOTTLENECK[self.variant] else BasicBlock
         x = Conv(self.width, 7, 2, dtype=self.dtype, name="conv1")(images)
-        x = nn.relu(norm(name="bn1")(x))
+        x = relu(norm(name="bn1")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         if self.frozen_stages == 1:
             x = lax.stop_gradient(x)

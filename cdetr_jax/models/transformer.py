@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from cdetr_jax.models import position
 from cdetr_jax.models.attention import MLP, Attend, Linear, MultiHeadAttention, split_heads, xavier_uniform
+from cdetr_jax.models.elementwise import dropout, relu
 
 REFERENCE_POINTS = ("zero", "learned", "predicted")
 SPATIAL_QUERIES = ("full", "c", "t", "p", "i")
@@ -25,16 +26,21 @@ class AddAndNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"], y: Float[Array, "B S D"], train: bool) -> Float[Array, "B S D"]:
-        x = x + nn.Dropout(self.dropout, deterministic=not train)(y)
+        x = x + dropout(y, self.dropout, _dropout_rng(self, train))
         norm = layer_norm(self.dtype)
         nn.share_scope(self, norm)
         return norm(x)
 
 
+def _dropout_rng(module: nn.Module, train: bool) -> Array | None:
+    """A new key where dropout is on."""
+    return module.make_rng("dropout") if train and module.dropout > 0 else None
+
+
 def layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     """PyTorch's LayerNorm; the two-pass variance keeps float32 parity on large means."""
     dtype = None if dtype == jnp.float32 else dtype  # None: the dtype of input and parameters
-    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.remat(nn.LayerNorm, prevent_cse=False)(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class TransformerLayer(nn.Module):
@@ -56,8 +62,8 @@ class TransformerLayer(nn.Module):
 
     def feed_forward(self, x: Float[Array, "B S D"], train: bool) -> Float[Array, "B S D"]:
         """Two linear layers with ReLU and dropout between."""
-        y = nn.relu(Linear(self.ffn_width, dtype=self.dtype, name="linear1")(x))
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        y = Linear(self.ffn_width, dtype=self.dtype, name="linear1")(x)
+        y = relu(y, self.dropout, _dropout_rng(self, train))
         return Linear(self.width, dtype=self.dtype, name="linear2")(y)
 
 

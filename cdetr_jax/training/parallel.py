@@ -98,18 +98,27 @@ class Trainer:
         Raises: NonFiniteCostError, with the row of the concatenated micro-batches, if the predictions are not finite.
         """
         placed = [self._placed(batch) for batch in micro_batches]
-        counts = self.counts(placed)
+        counts, network = self.counts(placed), state.network
         grads = losses = None
+        queued = self._forward(network, placed, 0)
         for i, micro_batch in enumerate(placed):
-            batch = micro_batch.batch
-            predictions, pullback = self.forward(state, batch.images, batch.sizes_hw, self.number(i))
-            match = self.match(self.cost(predictions, batch.targets), micro_batch, i)
-            cotangents, new_losses = self.loss(predictions, batch.targets, match, counts)
-            new_grads = self.backward(pullback, cotangents)
-            del predictions, pullback, cotangents
+            predictions, residuals, cost = queued
+            queued = self._forward(network, placed, i + 1)  # the device has work while the host matches
+            match = self.match(cost, micro_batch, i)
+            cotangents, new_losses = self.loss(predictions, micro_batch.batch.targets, match, counts)
+            new_grads = self.backward(network, residuals, cotangents)
+            del predictions, residuals, cost, cotangents
             grads = new_grads if grads is None else self._add(grads, new_grads)
             losses = new_losses if losses is None else self._add(losses, new_losses)
         return self.apply(state, grads, losses)
+
+    def _forward(self, network: TrainState, placed: list["Placed"], i: int) -> Any:
+        """Starts on the micro-batch `i`, if there is one: predictions, residuals and matching cost."""
+        if i == len(placed):
+            return None
+        batch = placed[i].batch
+        predictions, residuals = self.forward(network, batch.images, batch.sizes_hw, self.number(i))
+        return predictions, residuals, self.cost(predictions, batch.targets)
 
     def number(self, micro_batch: int) -> Array:
         """The number of a micro-batch, on every device."""

@@ -1,14 +1,15 @@
 """A train step around the matching on the host, as pure functions of one device's share, and the evaluation step.
 
-    forward    params, pictures          -> predictions, pullback
+    forward    params, pictures          -> predictions, residuals
     cost       predictions, targets      -> matching cost
     (host)     matching cost             -> match                            matching/assign.py
     loss       predictions, match        -> losses, cotangents
-    backward   pullback, cotangents      -> gradients
+    backward   params, residuals, cotangents -> gradients
     apply      gradients, losses         -> mean over devices -> clip -> AdamW, metrics
 
-The pullback is `jax.vjp`'s closure, a pytree of residuals, so that it can leave one program and enter another. Only the
-two small programs in the middle know the number of targets T: for another T the network is not compiled again.
+The residuals are what `jax.vjp`'s closure holds, less the parameters, so that they can leave one program and enter
+another. Only the two small programs in the middle know the number of targets T: for another T the network is not
+compiled again.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,39 @@ from cdetr_jax.structs import Batch, Counts, Detections, Losses, Match, Predicti
 AXIS = "devices"
 
 Pullback = Callable[[Predictions], tuple[Any]]
+
+
+@struct.dataclass
+class Residuals:
+    """A pullback without what the second program is given anyway, and with every array once.
+
+    Attributes:
+      arrays: what leaves the first program.
+      sources: of each leaf of the pullback, its position in `arrays` after the leaves that are given.
+      structure: the pullback's.
+    """
+
+    arrays: list[Array]
+    sources: tuple[int, ...] = struct.field(pytree_node=False)
+    structure: Any = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, pullback: Pullback, given: Any) -> "Residuals":
+        """Takes apart a pullback that was just traced: what is the same array is then the same object."""
+        leaves, structure = jax.tree.flatten(pullback)
+        known = jax.tree.leaves(given)
+        start = len(known)
+        position = {id(leaf): i for i, leaf in enumerate(known)}
+        for leaf in leaves:
+            if id(leaf) not in position:
+                position[id(leaf)] = len(known)
+                known.append(leaf)
+        return cls(known[start:], tuple(position[id(leaf)] for leaf in leaves), structure)
+
+    def pullback(self, given: Any) -> Pullback:
+        """Puts it together again."""
+        known = (*jax.tree.leaves(given), *self.arrays)
+        return jax.tree.unflatten(self.structure, [known[i] for i in self.sources])
 
 
 # XLA's own generator: dropout masks cost less, and initialisation compiles several times faster, than with threefry.
@@ -59,6 +93,11 @@ class TrainState:
     opt_state: Any
     ema_params: Any
     rng: Array
+
+    @property
+    def network(self) -> "TrainState":
+        """What forward and backward read: without the optimiser's part, whose arrays would only be handed over."""
+        return self.replace(opt_state=None, ema_params=None)
 
     @property
     def eval_variables(self) -> dict[str, Any]:
@@ -121,8 +160,8 @@ class StepFunctions:
         images: UInt8[Array, "B H W 3"],
         sizes_hw: Int[Array, "B 2"],
         micro_batch: Int[Array, ""],
-    ) -> tuple[Predictions, Pullback]:
-        """Predicts. `micro_batch` counts those of one optimiser step."""
+    ) -> tuple[Predictions, Residuals]:
+        """Predicts, with `TrainState.network`. `micro_batch` counts those of one optimiser step."""
         rng = jax.random.wrap_key_data(state.rng, impl=RNG)
         for number in (state.step, micro_batch, jax.lax.axis_index(AXIS)):
             rng = jax.random.fold_in(rng, number)
@@ -131,7 +170,8 @@ class StepFunctions:
             variables = {"params": params, "constants": state.constants}
             return self.model.apply(variables, images, sizes_hw, train=True, rngs={"dropout": rng})
 
-        return jax.vjp(predict, state.params)
+        predictions, pullback = jax.vjp(predict, state.params)
+        return predictions, Residuals.of(pullback, (state.params, state.constants))
 
     def cost(self, predictions: Predictions, targets: Targets) -> Float[Array, "L B Q T"]:
         """The matching cost."""
@@ -154,9 +194,9 @@ class StepFunctions:
         cotangents, losses = jax.grad(total, has_aux=True)(predictions)
         return cotangents, jax.lax.pmean(losses, AXIS)
 
-    def backward(self, pullback: Pullback, cotangents: Predictions) -> Any:
-        """This device's gradients of one micro-batch."""
-        (grads,) = pullback(cotangents)
+    def backward(self, state: TrainState, residuals: Residuals, cotangents: Predictions) -> Any:
+        """This device's gradients of one micro-batch, with the state that `forward` had."""
+        (grads,) = residuals.pullback((state.params, state.constants))(cotangents)
         return grads
 
     def apply(self, state: TrainState, grads: Any, losses: Losses) -> tuple[TrainState, StepMetrics]:

@@ -298,6 +298,37 @@ def test_another_number_of_targets_leaves_the_network_compiled(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), wider_metrics, metrics)
 
 
+def test_the_next_micro_batch_is_on_its_way_before_the_host_matches_this_one(monkeypatch):
+    functions, trainer = make_trainer()
+    calls = []
+    for name in ("forward", "match", "backward"):
+        original = getattr(trainer, name)
+        monkeypatch.setattr(trainer, name, lambda *x, f=original, name=name: (calls.append(name), f(*x))[1])
+    trainer.step(trainer.replicate(make_state(functions)), cut(make_batch(), 4))
+    assert calls == ["forward"] + 3 * ["forward", "match", "backward"] + ["match", "backward"]
+
+
+def test_what_goes_from_forward_to_backward():
+    """R50 in bfloat16, 2 pictures of 800x1088 with dropout: by shapes alone, nothing is computed."""
+    functions = make_functions(DetectionTransformer(dtype=jnp.bfloat16))
+    state = jax.eval_shape(lambda: functions.init(new_rng(0), (64, 64))).network
+    images, sizes = jax.ShapeDtypeStruct((1, 2, 800, 1088, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 2, 2), jnp.int32)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), state)
+    assert len(jax.tree.leaves(state)) == 376 + 53 * 4 + 2  # parameters, frozen batch norms, the step's number, the key
+    forward = jax.pmap(functions.forward, "devices", devices=jax.local_devices()[:1])
+    _, residuals = jax.eval_shape(forward, state, images, sizes, jax.ShapeDtypeStruct((1,), jnp.int32))
+    arrays = residuals.arrays
+    assert len(arrays) <= 360
+    assert sum(x.size * x.dtype.itemsize for x in arrays) < 0.6 * 2**30
+    shapes = {x.shape[1:] for x in arrays}
+    assert (2, 850, 2048) in shapes  # the feed-forward block's
+    assert not {shape for shape in shapes if shape[-2:] in ((850, 850), (300, 850), (300, 300))}
+    kernels = {x.shape[1:] for path, x in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key == "kernel"}
+    assert (2048, 256) in kernels
+    assert not kernels & shapes
+    assert max(x.size for x in arrays) == 2 * 200 * 272 * 256  # the frozen part's output: nothing of its inside
+
+
 def test_dropout_masks_follow_seed_step_micro_batch_and_device():
     functions, trainer = make_trainer(2, dropout=0.5)
     same = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), make_batch())  # both devices see the same pictures
