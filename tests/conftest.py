@@ -8,6 +8,8 @@ import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes that each use all cores get in each other's way
+    os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false"
 # What one test compiles, the others find, in all processes of this run and in the commands that they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cdetr-tests-compiled-")
@@ -30,6 +32,7 @@ install_import_hook(
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """With several processes the tests of a file stay together; of the parity tests, those of a case."""
     for item in items:

@@ -1,6 +1,7 @@
 """The `cdetr` command: help, what it refuses and how, and train, evaluate, predict and convert on small pictures."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import cdetr_jax
-from cdetr_jax.cli.main import run
+from cdetr_jax.cli.main import keep_compiled_programs, run
 from cdetr_jax.evaluation.coco_eval import SUMMARY
 from cdetr_jax.models import resnet
 
@@ -74,6 +75,20 @@ def fails(capsys, arguments, status=1):
     return capsys.readouterr().err
 
 
+@pytest.mark.parametrize("folder", [None, "/elsewhere"])
+def test_commands_keep_what_they_compile(folder, monkeypatch):
+    names = (
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_COMPILATION_CACHE_MAX_SIZE",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    )
+    environment = {"XDG_CACHE_HOME": "/cache"} | ({names[0]: folder} if folder else {})
+    monkeypatch.setattr(os, "environ", environment)
+    keep_compiled_programs()
+    found = [environment.get(name) for name in names]
+    assert found == (["/elsewhere", None, None] if folder else ["/cache/cdetr_jax/compiled", "4294967296", "0.1"])
+
+
 # --------------------------------------------------------------------------------------------------------- help
 
 
@@ -120,7 +135,7 @@ def test_help(command, expected, capsys, monkeypatch):
 def test_help_imports_nothing_heavy():
     code = """if True:
         import sys
-        from cdetr_jax.cli.main import run
+        from cdetr_jax.cli.main import keep_compiled_programs, run
         for arguments in ([], ["train"], ["evaluate"], ["predict"], ["convert"], ["benchmark"]):
             try:
                 run([*arguments, "--help"])

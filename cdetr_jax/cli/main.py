@@ -228,10 +228,12 @@ def parser() -> argparse.ArgumentParser:
 def keep_compiled_programs() -> None:
     """Has JAX keep what it compiles from one command to the next; by its own variables, before it is imported.
 
-    Where they are set already, as JAX_ENABLE_COMPILATION_CACHE=false, they count.
+    A folder that is set already is left as it is: JAX cannot limit one that was filled without a limit.
     """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "cdetr_jax", "compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(home, "cdetr_jax", "compiled")
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))  # bytes; the least recently used go first
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
