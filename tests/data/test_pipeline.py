@@ -27,6 +27,7 @@ from cdetr_jax.structs import Category, Record
 
 AUGMENTATION = Augmentation((24, 30, 36), 50, 0.5, 0.5, (28, 34), (20, 30))
 SHAPES = ((40, 44), (44, 40), (52, 52))
+HANGS_S = 600  # far beyond what any machine needs: only a hang takes so long
 LABEL_OF = {1: 4, 2: 3, 3: 2, 5: 1, 8: 0}
 
 
@@ -184,7 +185,7 @@ def test_reads_only_so_far_ahead():
 
     batches = _train(Watched(count=64), batch_size=2)
     next(batches)
-    time.sleep(0.2)
+    batches.wait()
     assert 2 <= len(seen) <= 2 * 3  # the batch that came out and two more
     batches.close()
     assert not _threads()
@@ -384,10 +385,8 @@ def test_damaged_pictures_in_processes(content, write):
 )
 def test_what_goes_wrong_in_a_process(happening, error, message):
     batches = _train_shapes(FatalShapes(happening, at=5), _reading(workers=1))
-    start = time.monotonic()
     with pytest.raises(error, match=message):
         _take(batches, 6)
-    assert time.monotonic() - start < 30  # a process starts in seconds, and its death shows at once
     assert not _processes()
     assert not _threads()
 
@@ -396,10 +395,8 @@ def test_killed_process_does_not_hang_the_run():
     batches = _train_shapes(FatalShapes("nothing"), _reading(workers=2, threads=1))
     next(batches)
     os.kill(_processes()[0].pid, signal.SIGKILL)
-    start = time.monotonic()
     with pytest.raises(WorkerDiedError, match=r"signal 9 \(SIGKILL.*; use fewer config\.data\.workers"):
         _take(batches, 100)
-    assert time.monotonic() - start < 10
     assert not _processes()
 
 
@@ -409,10 +406,7 @@ def test_a_process_that_stands_still_does_not_hold_up_the_end(monkeypatch):
     batches = _train_shapes(FatalShapes("nothing"), _reading(workers=2, threads=1))
     next(batches)
     os.kill(_processes()[0].pid, signal.SIGSTOP)
-    time.sleep(0.2)  # until it has been asked for a picture
-    start = time.monotonic()
     batches.close()
-    assert time.monotonic() - start < 10
     assert not _processes()
     assert not _threads()
 
@@ -426,7 +420,7 @@ def test_nobody_waits_for_processes_that_have_been_ended():
     with ThreadPoolExecutor(3) as threads:
         for future in [threads.submit(workers.write_picture, row, out) for _ in range(3)]:
             with pytest.raises(WorkerDiedError, match="have been ended"):
-                future.result(timeout=30)
+                future.result(timeout=HANGS_S)
 
 
 def test_processes_do_not_outlive_a_killed_run():
@@ -439,9 +433,9 @@ def test_processes_do_not_outlive_a_killed_run():
         "    print(*(process.pid for process in multiprocessing.active_children()), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS_S)
     (pid,) = map(int, run.stdout.split())
-    end = time.monotonic() + 20
+    end = time.monotonic() + HANGS_S
     while time.monotonic() < end:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0]

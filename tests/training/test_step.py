@@ -167,7 +167,7 @@ def test_four_devices_change_nothing():
     here = pathlib.Path(__file__).parent
     env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     env["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
-    done = subprocess.run([sys.executable, "-c", FOUR_DEVICES], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", FOUR_DEVICES], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "the same"
 
