@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 	@echo "  all metrics                    $(DEMO)/metrics.jsonl"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow

@@ -32,15 +32,9 @@ install_import_hook(
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """With several processes the tests of a file stay together; of the parity tests, those of a case."""
-    for item in items:
-        name = item.path.name
-        if name == "test_parity.py":
-            name += item.callspec.params["case"]
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: not item.path.name.startswith("test_parity"))  # the longest first
+    """The longest file first, so that no process is left with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_parity.py")
 
 
 class _ObjectStore(MemoryFileSystem):
