@@ -381,12 +381,13 @@ def test_a_step_moves_nothing_to_or_from_the_devices_unasked():
     functions, trainer = make_trainer(2)
     state = trainer.replicate(make_state(functions))
     placed = [trainer.put(batch) for batch in cut(make_batch(), 2)]
+    on_host = dataclasses.replace(placed[0], batch=jax.tree.map(np.asarray, placed[0].batch))
     state, _ = trainer.step(state, placed)  # compiles
     with jax.transfer_guard("disallow"):
         state, metrics = trainer.step(state, placed)
         assert metrics.is_finite.addressable_data(0).shape == (1,)
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-            trainer.step(state, [dataclasses.replace(placed[0], batch=jax.tree.map(np.asarray, placed[0].batch))])
+            trainer.step(state, [on_host])
 
 
 @pytest.mark.parametrize("field", ["total", "giou_loss", "grad_norm"])
