@@ -8,13 +8,13 @@ import pytest
 from cdetr_jax.matching.assign import NonFiniteCostError, assign
 
 
-def brute_force(price):
-    """The least sum of prices over all ways to give every target its own query (or every query its own target)."""
-    queries, targets = price.shape
+def brute_force(cost):
+    """The least sum of costs over all ways to give every target its own query (or every query its own target)."""
+    queries, targets = cost.shape
     if targets > queries:
-        return brute_force(price.T)
+        return brute_force(cost.T)
     ways = itertools.permutations(range(queries), targets)
-    return min(sum(price[q, t] for t, q in enumerate(way)) for way in ways)
+    return min(sum(cost[q, t] for t, q in enumerate(way)) for way in ways)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -37,12 +37,12 @@ def test_assignment_is_the_cheapest(seed):
 
 
 def test_a_literal_problem_where_greedy_is_wrong():
-    # Taking the cheapest pair first (query 0, target 0, price 1) leaves 100 for the other: 101. The best is 2 + 3.
+    # Taking the cheapest pair first (query 0, target 0, cost 1) leaves 100 for the other: 101. The best is 2 + 3.
     cost = np.array([[[[1.0, 2.0], [3.0, 100.0], [50.0, 60.0]]]])
     np.testing.assert_array_equal(assign(cost, np.ones((1, 2), bool)), [[[1, 0]]])
 
 
-def test_prices_of_padded_targets_are_not_read():
+def test_costs_of_padded_targets_are_not_read():
     cost = np.array([[[[5.0, -100.0, np.nan], [4.0, -100.0, np.inf]]]])
     np.testing.assert_array_equal(assign(cost, np.array([[True, False, False]])), [[[1, -1, -1]]])
 
@@ -64,7 +64,7 @@ def test_no_targets(columns):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_non_finite_price_names_layer_and_row(value):
+def test_a_non_finite_cost_names_layer_and_row(value):
     cost = np.zeros((5, 3, 7, 2))
     cost[3, 1, 4, 1] = value
     with pytest.raises(NonFiniteCostError, match=r"decoder layer 3 is not finite in row 1 of the batch") as error:
