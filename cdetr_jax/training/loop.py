@@ -247,7 +247,7 @@ def _draw(workdir: Path, source: Source | None = None, results: Results | None =
 
 def _check_finite(step: int, metrics: StepMetrics) -> None:
     """Raises NonFiniteLossError that names the first term that is NaN or infinite. Fetches one flag if none is."""
-    if jax.device_get(metrics.is_finite.addressable_data(0)).all():
+    if jax.device_get(metrics.is_finite.addressable_data(0)):
         return
     losses = unreplicate(metrics.losses)
     terms = {"class": losses.class_loss, "L1": losses.l1_loss, "GIoU": losses.giou_loss, "total": losses.total}

@@ -1,13 +1,21 @@
-"""The one place that pmaps: wraps the parts of a step, replicates, shards and gathers."""
+"""The one place that knows of devices: maps the parts of a step over them, replicates, shards and gathers.
+
+What every device has alike (the state, losses, counts' means) is one replicated array; what each has of its own
+(batches, predictions, residuals, gradients) is one array with a leading axis [devices, ...], cut along it. The parts are
+mapped by `jit(shard_map)`, which is what `jax.pmap` is made of. Called directly it does without pmap's conversion of
+every array at every call of a run of several processes, and lets the compiler choose the layout of the residuals.
+"""
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from cdetr_jax.matching.assign import NonFiniteCostError, assign
@@ -15,9 +23,26 @@ from cdetr_jax.structs import Batch, Counts, Detections, Match
 from cdetr_jax.training.step import AXIS, StepFunctions, StepMetrics, TrainState
 
 
+def _inner(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.squeeze(0), tree)
+
+
+def _outer(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+SAME, OWN = PartitionSpec(), PartitionSpec(AXIS)  # alike on all devices | each device's own, along a leading axis
+
+
 def unreplicate(tree: Any) -> Any:
     """The first local device's copy of a replicated tree, as NumPy arrays of its own."""
-    return jax.tree.map(lambda x: np.array(jax.device_get(x.addressable_data(0))).reshape(x.shape[1:]), tree)
+    return jax.tree.map(lambda x: np.array(jax.device_get(x.addressable_data(0))), tree)
+
+
+def own(x: Array) -> np.ndarray:
+    """What this process's devices have of an array [devices, ...], in their order."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +73,35 @@ class Trainer:
         self.devices = list(devices or jax.local_devices())
         self.matching_s = 0.0
         self._num_queries = functions.model.num_queries
-        mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
-        self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+        # With all local devices those of the other processes take part too.
+        self._mesh = Mesh(np.array(jax.devices() if self.devices == jax.local_devices() else self.devices), (AXIS,))
+        self._sharding = NamedSharding(self._mesh, OWN)
         self._numbers: list[Array] = []
-        # With all devices pmap finds them itself, which is also what several processes need.
-        chosen = None if self.devices == jax.local_devices() else self.devices
-        self.forward = jax.pmap(functions.forward, AXIS, devices=chosen)
-        self.cost = jax.pmap(functions.cost, AXIS, devices=chosen)
-        self.loss = jax.pmap(functions.loss, AXIS, devices=chosen)
-        self.backward = jax.pmap(functions.backward, AXIS, devices=chosen)
-        self.apply = jax.pmap(functions.apply, AXIS, donate_argnums=0, devices=chosen)
-        self._add = jax.pmap(lambda a, b: jax.tree.map(jnp.add, a, b), AXIS, donate_argnums=0, devices=chosen)
-        self._detect = jax.pmap(functions.detect, AXIS, devices=chosen)
-        self._copy = jax.pmap(lambda _, x: x, AXIS, in_axes=(0, None), devices=chosen)
+        own_layout = Format(Layout.AUTO, self._sharding)
+        self.forward = self._map(functions.forward, (SAME, OWN, OWN, SAME), (OWN, OWN), (self._sharding, own_layout))
+        self.cost = self._map(functions.cost, (OWN, OWN), OWN)
+        self.loss = self._map(functions.loss, (OWN, OWN, OWN, OWN), (OWN, SAME))
+        self.backward = self._map(functions.backward, (SAME, OWN, OWN), OWN)
+        self.apply = self._map(functions.apply, (SAME, OWN, SAME), (SAME, SAME), donate=0)
+        self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+        self._detect = self._map(functions.detect, (SAME, OWN), OWN)
+
+    def _map(self, function: Callable, in_specs: Any, out_specs: Any, out_shardings: Any = None, donate: Any = ()):
+        """Compiles a function of one device's share. The leading axis of what is the device's own is taken off for it."""
+
+        def on_device(*arguments: Any) -> Any:
+            results = function(*(x if spec == SAME else _inner(x) for x, spec in zip(arguments, in_specs, strict=True)))
+            if isinstance(out_specs, PartitionSpec):
+                return results if out_specs == SAME else _outer(results)
+            return tuple(x if spec == SAME else _outer(x) for x, spec in zip(results, out_specs, strict=True))
+
+        mapped = jax.shard_map(on_device, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.jit(mapped, out_shardings=out_shardings, donate_argnums=donate)
 
     def replicate(self, tree: Any) -> Any:
-        """Copies a tree to every device, along a new leading axis."""
-        return self._copy(np.arange(len(self.devices)), tree)
+        """Copies a tree to every device."""
+        copies = jax.tree.map(np.array, jax.device_get(tree))
+        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, SAME), copies)
 
     def shard(self, tree: Any) -> Any:
         """Cuts the leading axis of every array into equal parts, one per device.
@@ -87,14 +124,14 @@ class Trainer:
 
     def _put(self, tree: Any) -> Any:
         """Starts the transfer of arrays whose leading axis counts this process's devices."""
-        return jax.device_put(tree, self._sharding)
+        return jax.make_array_from_process_local_data(self._sharding, tree)
 
     def step(self, state: TrainState, micro_batches: list["Batch | Placed"]) -> tuple[TrainState, StepMetrics]:
         """One optimiser step over this process's micro-batches, one after the other.
 
         Args:
           micro_batches: host batches, or what `put` made of them.
-        Returns: the new replicated state, and the step's metrics, once per device.
+        Returns: the new state, and the step's metrics, both replicated.
         Raises: NonFiniteCostError, with the row of the concatenated micro-batches, if the predictions are not finite.
         """
         placed = [self._placed(batch) for batch in micro_batches]
@@ -123,7 +160,7 @@ class Trainer:
     def number(self, micro_batch: int) -> Array:
         """The number of a micro-batch, on every device."""
         while len(self._numbers) <= micro_batch:
-            self._numbers.append(self._put(np.full(len(self.devices), len(self._numbers), np.int32)))
+            self._numbers.append(self.replicate(np.int32(len(self._numbers))))
         return self._numbers[micro_batch]
 
     def match(self, cost: Array, placed: "Placed", micro_batch: int = 0) -> Match:
@@ -131,7 +168,7 @@ class Trainer:
 
         Raises: NonFiniteCostError; `micro_batch` counts the batches of this size before, to name the row.
         """
-        cost, valid = jax.device_get(cost), placed.valid
+        cost, valid = own(cost), placed.valid
         start = time.perf_counter()
         queries = []
         for device, (device_cost, device_valid) in enumerate(zip(cost, valid, strict=True)):
@@ -159,7 +196,7 @@ class Trainer:
 
         `variables` are replicated.
         """
-        detections = jax.device_get(self._detect(variables, self._placed(batch).batch))
+        detections = jax.tree.map(own, self._detect(variables, self._placed(batch).batch))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), detections)
 
     def _placed(self, batch: "Batch | Placed") -> "Placed":

@@ -190,7 +190,7 @@ def test_evaluate_gives_the_number_of_the_run_and_uses_the_moving_average(undist
     used = jax.tree_util.tree_leaves_with_path(seen[0]["params"])
     assert used
     for path, leaf in used:
-        np.testing.assert_array_equal(np.asarray(leaf)[0], state[f".ema_params{jax.tree_util.keystr(path)}"])
+        np.testing.assert_array_equal(leaf, state[f".ema_params{jax.tree_util.keystr(path)}"])
     moved = [
         np.abs(leaf - state[name.replace(".ema_params", ".params")]).max()
         for name, leaf in state.items()

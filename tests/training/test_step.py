@@ -120,13 +120,14 @@ def run(functions, trainer, micro_batches, *, steps=5, shape=SHAPE):
     history, norms = [], []
     for _ in range(steps):
         state, metrics = trainer.step(state, micro_batches)
-        history.append(jax.tree.map(lambda x: np.asarray(x).mean(0), metrics.losses))
+        history.append(jax.tree.map(np.asarray, metrics.losses))
         norms.append(np.asarray(metrics.grad_norm))
-        assert metrics.is_finite.all()
+        assert metrics.is_finite
     for leaf in jax.tree.leaves(state.params):
-        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))  # the devices agree
-    assert int(state.step[0]) == steps
-    return history, np.array(norms)[:, 0], parallel.unreplicate(state.params)
+        for shard in leaf.addressable_shards:
+            np.testing.assert_array_equal(shard.data, leaf)  # the devices agree
+    assert int(state.step) == steps
+    return history, np.array(norms), parallel.unreplicate(state.params)
 
 
 def assert_same(actual, expected):
@@ -268,7 +269,7 @@ def test_micro_batches_of_different_shapes_weigh_what_their_targets_do():
     micro_batches = [make_batch((3, 1)), make_batch((2, 0), shape=(8, 3), seed=1)]
 
     def total(micro_batches):
-        return float(trainer.step(trainer.replicate(make_state(functions)), micro_batches)[1].losses.total[0])
+        return float(trainer.step(trainer.replicate(make_state(functions)), micro_batches)[1].losses.total)
 
     alone = [total([micro_batch]) for micro_batch in micro_batches]
     assert abs(alone[0] - alone[1]) > 0.1
@@ -385,7 +386,7 @@ def test_a_step_moves_nothing_to_or_from_the_devices_unasked():
     state, _ = trainer.step(state, placed)  # compiles
     with jax.transfer_guard("disallow"):
         state, metrics = trainer.step(state, placed)
-        assert metrics.is_finite.addressable_data(0).shape == (1,)
+        assert metrics.is_finite.addressable_data(0).shape == ()
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             trainer.step(state, [on_host])
 
@@ -394,14 +395,14 @@ def test_a_step_moves_nothing_to_or_from_the_devices_unasked():
 def test_one_flag_tells_that_a_step_is_not_finite(field):
     functions, trainer = make_trainer(1)
     state = trainer.replicate(make_state(functions))
-    grads = jax.tree.map(jnp.zeros_like, state.params)
-    nothing = jnp.zeros((1, LAYERS))
-    losses = Losses(jnp.ones(1), nothing, nothing, nothing, jnp.zeros(1), nothing)
+    grads = jax.tree.map(lambda x: jnp.zeros((1, *x.shape)), state.params)
+    nothing = jnp.zeros(LAYERS)
+    losses = Losses(jnp.ones(()), nothing, nothing, nothing, jnp.zeros(()), nothing)
     if field != "grad_norm":
         losses = losses.replace(**{field: getattr(losses, field) * jnp.nan})
     else:
         grads = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), grads)
-    assert not trainer.apply(state, grads, losses)[1].is_finite[0]
+    assert not trainer.apply(state, grads, losses)[1].is_finite
 
 
 def test_a_batch_that_does_not_divide_is_named():
