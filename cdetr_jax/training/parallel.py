@@ -1,14 +1,15 @@
 """The one place that knows of devices: maps the parts of a step over them, replicates, shards and gathers.
 
-What every device has alike (the state, losses, counts' means) is one replicated array; what each has of its own
-(batches, predictions, residuals, gradients) is one array with a leading axis [devices, ...], cut along it. The parts are
-mapped by `jit(shard_map)`, which is what `jax.pmap` is made of. Called directly it does without pmap's conversion of
-every array at every call of a run of several processes, and lets the compiler choose the layout of the residuals.
+What every device has alike (the state, the losses) is one replicated array; what each has of its own (batches,
+predictions, residuals, gradients) is one array with a leading axis [devices, ...], cut along it. The parts are mapped
+by `jit(shard_map)`, which is what `jax.pmap` is made of. Called directly it does without pmap's conversion of every
+array at every call of a run of several processes, and the compiler chooses the layout of the residuals.
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from cdetr_jax.matching.assign import NonFiniteCostError, assign
-from cdetr_jax.structs import Batch, Counts, Detections, Match
+from cdetr_jax.structs import Batch, Counts, Detections, Match, Targets
 from cdetr_jax.training.step import AXIS, StepFunctions, StepMetrics, TrainState
 
 
@@ -60,6 +61,31 @@ class Placed:
     index: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One of the programs that a step consists of. Once it is compiled, calling `function` compiles nothing.
+
+    Attributes:
+      name: forward, cost, loss, backward, add, apply or detect.
+      function: a jitted one.
+      arguments: shapes and shardings of what it is called with, the axis of devices included.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    @functools.cached_property
+    def lowered(self) -> jax.stages.Lowered:
+        """Traced only."""
+        return self.function.lower(*self.arguments)
+
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        """Compiles it."""
+        return self.lowered.compile()
+
+
 class Trainer:
     """The compiled train and evaluation steps of one configuration, on this process's devices.
 
@@ -87,7 +113,7 @@ class Trainer:
         self._detect = self._map(functions.detect, (SAME, OWN), OWN)
 
     def _map(self, function: Callable, in_specs: Any, out_specs: Any, out_shardings: Any = None, donate: Any = ()):
-        """Compiles a function of one device's share. The leading axis of what is the device's own is taken off for it."""
+        """A function of one device's share, for all; the leading axis of what is the device's own is taken off."""
 
         def on_device(*arguments: Any) -> Any:
             results = function(*(x if spec == SAME else _inner(x) for x, spec in zip(arguments, in_specs, strict=True)))
@@ -95,6 +121,7 @@ class Trainer:
                 return results if out_specs == SAME else _outer(results)
             return tuple(x if spec == SAME else _outer(x) for x, spec in zip(results, out_specs, strict=True))
 
+        on_device.__name__ = function.__name__  # in traces and logs
         mapped = jax.shard_map(on_device, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return jax.jit(mapped, out_shardings=out_shardings, donate_argnums=donate)
 
@@ -198,6 +225,70 @@ class Trainer:
         """
         detections = jax.tree.map(own, self._detect(variables, self._placed(batch).batch))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), detections)
+
+    def shapes(self, tree: Any, spec: PartitionSpec = SAME) -> Any:
+        """Shapes of what `replicate` would make of a tree, which may be shapes itself."""
+        sharding = NamedSharding(self._mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    def train_programs(
+        self, state: TrainState, batch: int, shape_hw: tuple[int, int], targets: int, accumulates: bool = False
+    ) -> Iterator[Program]:
+        """What `step` calls for micro-batches of one shape, in its order.
+
+        `forward` is compiled when what comes after `loss` is asked for: `backward` needs the layout of its residuals.
+
+        Args:
+          state: replicated, or its shapes.
+          batch: pictures a device.
+          targets: T, which only `cost` and `loss` depend on.
+          accumulates: whether a step takes several of them.
+        """
+        state = self.shapes(state)
+        network, pictures = state.network, self._batch_shapes(batch, shape_hw, targets)
+        number = self.shapes(jax.ShapeDtypeStruct((), np.int32))
+        yield (forward := Program("forward", self.forward, (network, pictures.images, pictures.sizes_hw, number)))
+        predictions, residuals = forward.lowered.out_info
+        predictions = self.shapes(predictions, OWN)
+        yield (cost := Program("cost", self.cost, (predictions, pictures.targets)))
+        devices, layers = cost.lowered.out_info.shape[:2]
+        matched = jax.ShapeDtypeStruct((devices, layers, batch, targets), np.int32)
+        number = jax.ShapeDtypeStruct((devices,), jnp.result_type(float))
+        match, counts = self.shapes((Match(matched), Counts(number, number, number, number)), OWN)
+        yield (loss := Program("loss", self.loss, (predictions, pictures.targets, match, counts)))
+        cotangents, losses = loss.lowered.out_info
+        cotangents, losses = self.shapes(cotangents, OWN), self.shapes(losses)
+        residuals = jax.tree.map(
+            lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
+            residuals,
+            forward.compiled.output_formats[1],
+        )
+        yield (backward := Program("backward", self.backward, (network, residuals, cotangents)))
+        grads = self.shapes(backward.lowered.out_info, OWN)
+        if accumulates:
+            yield Program("add", self._add, (grads, grads))
+            yield Program("add", self._add, (losses, losses))
+        yield Program("apply", self.apply, (state, grads, losses))
+
+    def detect_program(self, variables: Any, batch: int, shape_hw: tuple[int, int], targets: int) -> Program:
+        """What `detect` calls; see `train_programs`."""
+        return Program("detect", self._detect, (self.shapes(variables), self._batch_shapes(batch, shape_hw, targets)))
+
+    def _batch_shapes(self, batch: int, shape_hw: tuple[int, int], targets: int) -> Batch:
+        def shape(*axes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self._mesh.size, batch, *axes), dtype, sharding=self._sharding)
+
+        return Batch(
+            images=shape(*shape_hw, 3, dtype=np.uint8),
+            sizes_hw=shape(2),
+            original_sizes_hw=shape(2),
+            index=shape(),
+            targets=Targets(
+                labels=shape(targets),
+                boxes_cxcywh=shape(targets, 4, dtype=np.float32),
+                valid=shape(targets, dtype=np.bool_),
+            ),
+        )
 
     def _placed(self, batch: "Batch | Placed") -> "Placed":
         return batch if isinstance(batch, Placed) else self.put(batch)

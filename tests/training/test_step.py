@@ -299,6 +299,26 @@ def test_another_number_of_targets_leaves_the_network_compiled(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), wider_metrics, metrics)
 
 
+def test_what_is_compiled_ahead_is_what_runs():
+    functions = make_functions(StandIn())
+    trainer = parallel.Trainer(functions, jax.local_devices()[:2])
+    state = trainer.replicate(make_state(functions))
+    for i in range(2):
+        trainer.number(i)
+    programs = [*trainer.train_programs(state, 1, SHAPE, COLUMNS, accumulates=True)]
+    programs.append(trainer.detect_program(state.eval_variables, 2, SHAPE, COLUMNS))
+    compiled = [program.compiled for program in programs]
+    assert len(compiled) == 8
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: events.append(name))
+    try:
+        state, _ = trainer.step(state, cut(make_batch(), 2))
+        trainer.detect(state.eval_variables, make_batch())
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in events if "compile" in name or "trace" in name]
+
+
 def test_the_next_micro_batch_is_on_its_way_before_the_host_matches_this_one(monkeypatch):
     functions, trainer = make_trainer()
     calls = []
