@@ -55,6 +55,7 @@ training/start training/evaluate
 training/loop
 inference
 cli/settings cli/arguments
+cli/processes
 cli/benchmark_input
 cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare
 cli/main

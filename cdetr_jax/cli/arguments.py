@@ -23,6 +23,14 @@ def whole(low: int, high: int = 1_000_000) -> Callable[[str], int]:
     return read
 
 
+def host_and_port(text: str) -> str:
+    """Such as node1:8476 or 10.0.0.2:8476."""
+    port = text.rpartition(":")[2]
+    if not re.fullmatch(r"[^\s/]+:\d{1,5}", text) or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected host:port, such as node1:8476")
+    return text
+
+
 def pictures_a_call(text: str) -> int | None:
     """A number of pictures; None: any."""
     try:

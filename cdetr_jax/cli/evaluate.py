@@ -2,6 +2,7 @@
 
 import argparse
 
+from cdetr_jax.cli.processes import join_processes
 from cdetr_jax.cli.settings import change_config, read_config, set_up_logging
 
 
@@ -12,6 +13,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     """
     config = read_config(arguments.config, fields) if arguments.config else None
     set_up_logging()
+    join_processes(arguments)
     from cdetr_jax.training.evaluate import evaluate
     from cdetr_jax.weights.load import load_weights
 

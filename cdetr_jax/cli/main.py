@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 
 from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, whole
+from cdetr_jax.cli.processes import add_processes
 
 # Epilogues are printed as they are: at most 79 characters a line.
 WEIGHTS_HELP = """\
@@ -55,9 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", required=True, type=name, metavar="FILE", help="recipe, such as configs/demo.py")
     train.add_argument("--workdir", required=True, type=name, metavar="DIR", help="where checkpoints and metrics go")
-    train.add_argument(
-        "--multihost", action="store_true", help="this is one of several hosts, such as those of a TPU pod"
-    )
+    add_processes(train)
 
     def add_weights(command: argparse.ArgumentParser, *names: str, **settings: object) -> None:
         command.add_argument(*names, type=name, metavar="SOURCE", help="trained weights, see below", **settings)
@@ -82,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--config", type=name, metavar="FILE", help="recipe with the pictures to evaluate on; default: the run's own"
     )
+    add_processes(evaluate)
 
     predict = add(
         "predict",

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 
+from cdetr_jax.cli.processes import join_processes
 from cdetr_jax.cli.settings import read_config, set_up_logging
 from cdetr_jax.files import as_path, check_writable_folder
 
@@ -18,8 +19,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     from cdetr_jax.training.loop import train_and_evaluate
     from cdetr_jax.training.stopping import StoppedError
 
-    if arguments.multihost:
-        jax.distributed.initialize()
+    join_processes(arguments)
     try:
         train_and_evaluate(config, workdir)
     except StoppedError as stopped:
