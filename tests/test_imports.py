@@ -16,7 +16,7 @@ ORDER = """
 records
 structs
 classes
-boxes files
+boxes files device_memory
 models/elementwise
 models/attention
 models/position models/resnet

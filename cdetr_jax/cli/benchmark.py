@@ -14,6 +14,7 @@ from cdetr_jax import build
 from cdetr_jax.cli import benchmark_input
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.config_check import check_config, count_train_devices
+from cdetr_jax.device_memory import must_fit
 from cdetr_jax.structs import Batch, Targets
 from cdetr_jax.training.parallel import Trainer
 from cdetr_jax.training.step import new_rng
@@ -70,7 +71,10 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     state = trainer.replicate(functions.init(new_rng(0), (height, width)))
     batch = made_up_batch(arguments.batch, height, width, arguments.targets, num_classes)
     clock = _Clock()
+    remedy = "use a smaller --batch or --size, or --config.model.compute_dtype=bfloat16"
+    fits = must_fit(arguments.batch // device_count, height, width, remedy)
 
+    @fits
     def step(state: Any) -> Any:
         placed = trainer.put(batch)
         images, sizes_hw, targets = placed.batch.images, placed.batch.sizes_hw, placed.batch.targets
@@ -85,6 +89,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         state, _ = clock.time("update", trainer.apply, state, grads, losses)
         return state
 
+    @fits
     def whole(state: Any) -> Any:
         return trainer.step(state, [batch])[0]
 
@@ -99,9 +104,10 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     peak_train = _peak_gib()
     variables = state.eval_variables
     del state
-    trainer.detect(variables, batch)
+    detect = fits(trainer.detect)
+    detect(variables, batch)
     for _ in range(arguments.steps):
-        clock.time("inference", trainer.detect, variables, batch)
+        clock.time("inference", detect, variables, batch)
 
     device = jax.devices()[0]
     print(

@@ -16,6 +16,7 @@ from cdetr_jax.config_check import check_config
 from cdetr_jax.data.plan import EpochPlan
 from cdetr_jax.data.reader import usable_cores
 from cdetr_jax.data.sources import Source
+from cdetr_jax.device_memory import must_fit
 from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics, coco_average_precision
 from cdetr_jax.training.ahead import Ahead, Programs
 from cdetr_jax.training.feed import Feed
@@ -24,6 +25,10 @@ from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
 from cdetr_jax.weights.load import FREE_FIELDS, Weights
 
 SHEET_PICTURES, SHEET_COLUMNS, SHEET_THRESHOLD = 8, 4, 0.3
+
+_LESS_MEMORY = (
+    "use a smaller config.eval.batch_size, smaller config.data.eval_shapes, or config.model.compute_dtype=bfloat16"
+)
 
 Results = list[dict[str, Any]]  # in COCO's format
 
@@ -86,10 +91,11 @@ def detect_all(
     results = []
     try:
         for [placed] in feed:
-            if stop() or not ahead.wait(detect_programs(*placed.shape[:2]), stop):
-                return None
+            with must_fit(*placed.images_shape, _LESS_MEMORY):
+                if stop() or not ahead.wait(detect_programs(*placed.shape[:2]), stop):
+                    return None
+                detections = trainer.detect(variables, placed)
             index = placed.index.reshape(-1)
-            detections = trainer.detect(variables, placed)
             if jax.process_count() > 1:
                 detections, index = multihost_utils.process_allgather((detections, index), tiled=True)
             if not is_first_process:

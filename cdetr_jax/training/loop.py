@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from cdetr_jax.data.pipeline import Batches
 from cdetr_jax.data.plan import EpochPlan, PlanSettings
 from cdetr_jax.data.reader import usable_cores
 from cdetr_jax.data.sources import Source
+from cdetr_jax.device_memory import must_fit
 from cdetr_jax.files import as_path, whole_file
 from cdetr_jax.matching.assign import NonFiniteCostError
 from cdetr_jax.models.resnet import frozen_modules
@@ -40,6 +42,11 @@ from cdetr_jax.training.start import (
 from cdetr_jax.training.step import StepMetrics, TrainState
 from cdetr_jax.training.stopping import Stop, StoppedError, watch_signals
 from cdetr_jax.visualization.curve import training_curve
+
+_LESS_MEMORY = (
+    "use a smaller config.train.batch_size, or a larger config.train.accumulation_steps for the same batch in smaller "
+    "parts, smaller config.data.train_shapes, or config.model.compute_dtype=bfloat16"
+)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -157,8 +164,15 @@ def _train(
                 with timer.part("data"):
                     micro_batches = next(feed)
                 names = [name for each in micro_batches for name in step_programs(*each.shape, accumulation_steps > 1)]
-                with timer.pause(), progress.pause() if progress else contextlib.nullcontext():
-                    is_compiled = ahead.wait(names, stop.__bool__)
+                largest = max((each.images_shape for each in micro_batches), key=math.prod)
+                with must_fit(*largest, _LESS_MEMORY):
+                    with timer.pause(), progress.pause() if progress else contextlib.nullcontext():
+                        is_compiled = ahead.wait(names, stop.__bool__)
+                    if is_compiled:
+                        try:
+                            state, step_metrics = trainer.step(state, micro_batches)
+                        except NonFiniteCostError as error:
+                            raise _named(error, step, micro_batches, source) from None
                 if not is_compiled:
                     step -= 1
                     if recent:
@@ -166,10 +180,6 @@ def _train(
                     if step and step not in checkpoints.steps():
                         save(step)
                     break
-                try:
-                    state, step_metrics = trainer.step(state, micro_batches)
-                except NonFiniteCostError as error:
-                    raise _named(error, step, micro_batches, source) from None
                 timer.add("match", trainer.matching_s)
                 trainer.matching_s = 0.0
                 if recent:

@@ -61,6 +61,11 @@ class Placed:
     index: np.ndarray
 
     @property
+    def images_shape(self) -> tuple[int, int, int]:
+        """Pictures on one device, padded height and width in pixels."""
+        return self.batch.images.shape[1:4]
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Padded height, width and T: what its programs are compiled for."""
         return (*self.batch.images.shape[-3:-1], self.valid.shape[-1])

@@ -330,6 +330,19 @@ def test_a_run_that_waits_for_a_program_stops_at_once(steps, message, saved, tmp
     assert saved_steps(tmp_path) == saved
 
 
+def test_a_step_that_does_not_fit_the_memory_ends_in_one_line_that_says_what_to_change(tmp_path, monkeypatch):
+    def wait(self, names, stop):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory in hbm.\n\nmore of it")
+
+    monkeypatch.setattr(loop.Ahead, "wait", wait)
+    message = (
+        r"^1 picture\(s\) of 32 x 32 pixels \(height x width\) do not fit the memory of a device \(.*\); use a smaller "
+        r"config\.train\.batch_size, .* \(RESOURCE_EXHAUSTED: Out of memory in hbm\.\)$"
+    )
+    with pytest.raises(MemoryError, match=message):
+        loop.train_and_evaluate(make_config(), tmp_path)
+
+
 def test_an_evaluation_that_failed_is_made_up_for(undisturbed, tmp_path, monkeypatch):
     """The step is saved before; the same command then evaluates it, and gives what it would have given."""
     config = make_config(train={"max_steps": 3, "checkpoint_every_steps": 100}, eval={"every_epochs": 1})
