@@ -19,6 +19,8 @@ from cdetr_jax.structs import Batch, Targets
 from cdetr_jax.training.parallel import Trainer
 from cdetr_jax.training.step import new_rng
 
+TRACED_STEPS = 3
+
 
 def made_up_batch(batch: int, height: int, width: int, targets: int, num_classes: int) -> Batch:
     """Noise pictures that fill the whole shape, with random boxes of 5 to 50 % of the sides."""
@@ -91,16 +93,21 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
     @fits
     def whole(state: Any) -> Any:
-        return trainer.step(state, [batch])[0]
+        return trainer.step(state, [batch] * arguments.accumulation)[0]
 
     start = time.perf_counter()
     state = step(state)
     compile_s = time.perf_counter() - start
     clock.seconds.clear()
+    state = whole(state)  # compiles what only accumulation needs
     for _ in range(arguments.steps):
         state = step(state)
     for _ in range(arguments.steps):
         state = clock.time("whole step", whole, state)
+    if arguments.trace:
+        with jax.profiler.trace(arguments.trace, create_perfetto_trace=True):
+            for _ in range(TRACED_STEPS):
+                state = jax.block_until_ready(whole(state))
     peak_train = _peak_gib()
     variables = state.eval_variables
     del state
@@ -117,7 +124,8 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     print(f"{'first step, with compilation':30s} {compile_s:9.2f} s")
     for part, seconds in clock.seconds.items():
         median = statistics.median(seconds)
-        rate = f"   {arguments.batch / median:8.2f} images/s" if part in ("whole step", "inference") else ""
+        pictures = {"whole step": arguments.batch * arguments.accumulation, "inference": arguments.batch}
+        rate = f"   {pictures[part] / median:8.2f} images/s" if part in pictures else ""
         print(f"{part:30s} {median:9.4f} s  (from {min(seconds):.4f} to {max(seconds):.4f}){rate}")
     print(f"{'peak memory, training':30s} {peak_train:9.2f} GiB")
 

@@ -216,6 +216,12 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--targets", type=whole(1), default=7, metavar="N", help="objects a picture (default: 7)")
     benchmark.add_argument("--steps", type=whole(1), default=10, metavar="N", help="timed steps (default: 10)")
     benchmark.add_argument(
+        "--accumulation", type=whole(1), default=1, metavar="N", help="so many such batches a whole step (default: 1)"
+    )
+    benchmark.add_argument(
+        "--trace", type=name, metavar="DIR", help="write a trace of 3 whole steps there, for TensorBoard or Perfetto"
+    )
+    benchmark.add_argument(
         "--batches", type=whole(1), default=40, metavar="N", help="input: timed batches (default: 40)"
     )
     benchmark.add_argument("--step", action="store_true", help="input: also time train steps at the mean area")
