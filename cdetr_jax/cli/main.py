@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable
 
 from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, whole
@@ -272,6 +273,7 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
 
 def run(argv: list[str] | None = None) -> None:
     """Entry point of the console script. A user's mistake is one line and exit status 1; 130 after Ctrl-C."""
+    is_console_script = argv is None
     argv = sys.argv[1:] if argv is None else argv
     main = parser()
     _check_names(main, argv)
@@ -291,4 +293,8 @@ def run(argv: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt as stopped:  # a training run says what it saved, and whether it was Ctrl-C or SIGTERM
         print(f"\n{stopped if stopped.args else 'stopped'}", file=sys.stderr)
-        sys.exit(getattr(stopped, "exit_status", 130))
+        status = getattr(stopped, "exit_status", 130)
+        if is_console_script and any(thread.name.startswith("compile") for thread in threading.enumerate()):
+            sys.stdout.flush()
+            os._exit(status)  # all is saved, and Python would wait until what is being compiled is done
+        sys.exit(status)
