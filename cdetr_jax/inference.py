@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from cdetr_jax.data.plan import smallest_shape
 from cdetr_jax.data.sources import PICTURE_ERRORS, bad_picture, decode_rgb, open_picture
 from cdetr_jax.data.transforms import resize_for_evaluation
+from cdetr_jax.device_memory import must_fit
 from cdetr_jax.evaluation.postprocess import detect
 from cdetr_jax.structs import Detections
 from cdetr_jax.visualization.draw import draw_boxes
@@ -162,7 +163,9 @@ class Detector:
         sizes_hw, original_sizes_hw = (
             np.array([entry[which].shape[:2] for entry in pictures], np.int32) for which in (2, 1)
         )
-        detections = jax.device_get(self._detect(self._variables, padded, sizes_hw, original_sizes_hw))
+        remedy = "give fewer pictures a call" if len(padded) > 1 else "use a device with more, or JAX_PLATFORMS=cpu"
+        with must_fit(*padded.shape[:3], remedy):
+            detections = jax.device_get(self._detect(self._variables, padded, sizes_hw, original_sizes_hw))
         for row, (i, image, _) in enumerate(pictures):
             found[i] = self._objects(image, jax.tree.map(lambda x, row=row: x[row], detections), threshold)
 

@@ -16,7 +16,7 @@ ORDER = """
 records
 structs
 classes
-boxes files
+boxes files device_memory
 models/elementwise
 models/attention
 models/position models/resnet
@@ -39,7 +39,7 @@ data/pipeline
 evaluation/postprocess
 evaluation/coco_eval
 visualization/draw visualization/curve
-training/optimizer training/step training/tensorboard
+training/optimizer training/step training/tensorboard training/ahead
 training/parallel training/metrics training/feed training/stopping
 checkpoints/mismatch checkpoints/workdir
 checkpoints/io

@@ -14,9 +14,12 @@ from cdetr_jax import build
 from cdetr_jax.cli import benchmark_input
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.config_check import check_config, count_train_devices
+from cdetr_jax.device_memory import must_fit
 from cdetr_jax.structs import Batch, Targets
 from cdetr_jax.training.parallel import Trainer
 from cdetr_jax.training.step import new_rng
+
+TRACED_STEPS = 3
 
 
 def made_up_batch(batch: int, height: int, width: int, targets: int, num_classes: int) -> Batch:
@@ -70,7 +73,10 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     state = trainer.replicate(functions.init(new_rng(0), (height, width)))
     batch = made_up_batch(arguments.batch, height, width, arguments.targets, num_classes)
     clock = _Clock()
+    remedy = "use a smaller --batch or --size, or --config.model.compute_dtype=bfloat16"
+    fits = must_fit(arguments.batch // device_count, height, width, remedy)
 
+    @fits
     def step(state: Any) -> Any:
         placed = trainer.put(batch)
         images, sizes_hw, targets = placed.batch.images, placed.batch.sizes_hw, placed.batch.targets
@@ -85,23 +91,30 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         state, _ = clock.time("update", trainer.apply, state, grads, losses)
         return state
 
+    @fits
     def whole(state: Any) -> Any:
-        return trainer.step(state, [batch])[0]
+        return trainer.step(state, [batch] * arguments.accumulation)[0]
 
     start = time.perf_counter()
     state = step(state)
     compile_s = time.perf_counter() - start
     clock.seconds.clear()
+    state = whole(state)  # compiles what only accumulation needs
     for _ in range(arguments.steps):
         state = step(state)
     for _ in range(arguments.steps):
         state = clock.time("whole step", whole, state)
+    if arguments.trace:
+        with jax.profiler.trace(arguments.trace, create_perfetto_trace=True):
+            for _ in range(TRACED_STEPS):
+                state = jax.block_until_ready(whole(state))
     peak_train = _peak_gib()
     variables = state.eval_variables
     del state
-    trainer.detect(variables, batch)
+    detect = fits(trainer.detect)
+    detect(variables, batch)
     for _ in range(arguments.steps):
-        clock.time("inference", trainer.detect, variables, batch)
+        clock.time("inference", detect, variables, batch)
 
     device = jax.devices()[0]
     print(
@@ -111,7 +124,8 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     print(f"{'first step, with compilation':30s} {compile_s:9.2f} s")
     for part, seconds in clock.seconds.items():
         median = statistics.median(seconds)
-        rate = f"   {arguments.batch / median:8.2f} images/s" if part in ("whole step", "inference") else ""
+        pictures = {"whole step": arguments.batch * arguments.accumulation, "inference": arguments.batch}
+        rate = f"   {pictures[part] / median:8.2f} images/s" if part in pictures else ""
         print(f"{part:30s} {median:9.4f} s  (from {min(seconds):.4f} to {max(seconds):.4f}){rate}")
     print(f"{'peak memory, training':30s} {peak_train:9.2f} GiB")
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable
 
 from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, whole
@@ -216,6 +217,12 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--targets", type=whole(1), default=7, metavar="N", help="objects a picture (default: 7)")
     benchmark.add_argument("--steps", type=whole(1), default=10, metavar="N", help="timed steps (default: 10)")
     benchmark.add_argument(
+        "--accumulation", type=whole(1), default=1, metavar="N", help="so many such batches a whole step (default: 1)"
+    )
+    benchmark.add_argument(
+        "--trace", type=name, metavar="DIR", help="write a trace of 3 whole steps there, for TensorBoard or Perfetto"
+    )
+    benchmark.add_argument(
         "--batches", type=whole(1), default=40, metavar="N", help="input: timed batches (default: 40)"
     )
     benchmark.add_argument("--step", action="store_true", help="input: also time train steps at the mean area")
@@ -266,6 +273,7 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
 
 def run(argv: list[str] | None = None) -> None:
     """Entry point of the console script. A user's mistake is one line and exit status 1; 130 after Ctrl-C."""
+    is_console_script = argv is None
     argv = sys.argv[1:] if argv is None else argv
     main = parser()
     _check_names(main, argv)
@@ -285,4 +293,8 @@ def run(argv: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt as stopped:  # a training run says what it saved, and whether it was Ctrl-C or SIGTERM
         print(f"\n{stopped if stopped.args else 'stopped'}", file=sys.stderr)
-        sys.exit(getattr(stopped, "exit_status", 130))
+        status = getattr(stopped, "exit_status", 130)
+        if is_console_script and any(thread.name.startswith("compile") for thread in threading.enumerate()):
+            sys.stdout.flush()
+            os._exit(status)  # all is saved, and Python would wait until what is being compiled is done
+        sys.exit(status)

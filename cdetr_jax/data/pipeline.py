@@ -88,6 +88,7 @@ class Batches:
 
     Attributes:
       settings: how pictures are read.
+      plan: of the epoch that the first batch is of.
       batches_per_epoch: the same for every epoch.
       position: (epoch, batch) of the batch that comes next.
       bad_files: names of the damaged pictures that were met so far, in the batches that came out.
@@ -102,14 +103,13 @@ class Batches:
         shapes: Shapes,
         start: tuple[int, int],
     ):
-        """`plan`: of an epoch; the others are of the same size."""
         batch_size = plan.rows.shape[1]
         if batch_size % settings.process_count:
             raise ValueError(
                 f"batch size {batch_size} is not divisible by {settings.process_count} processes; use a multiple of "
                 f"{settings.process_count}"
             )
-        self.settings = settings
+        self.settings, self.plan = settings, plan
         self.batches_per_epoch = len(plan)
         self.position = tuple(start)
         self.bad_files: set[str] = set()

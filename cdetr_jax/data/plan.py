@@ -113,6 +113,11 @@ class PlanSettings:
         """Pictures of a micro-batch."""
         return self.batch_size // self.accumulation_steps
 
+    @property
+    def target_sizes(self) -> tuple[int, ...]:
+        """What T of a micro-batch can be, smallest first."""
+        return (self.max_targets,) if self.max_targets else target_sizes(self.object_counts, self.micro_batch_size)
+
 
 @dataclasses.dataclass(frozen=True)
 class EpochPlan:
@@ -263,12 +268,9 @@ def train_plan(settings: PlanSettings, epoch: int) -> EpochPlan:
     rows["size_hw"][mixed] = fitted_hw(rows["size_hw"][mixed], mixed_shapes[:, None])
     members = np.concatenate([batches.members, mixed])[order]
     shapes_hw = np.concatenate([buckets[batches.bucket], mixed_shapes])[order]
-    if settings.max_targets:
-        max_targets = np.full(len(members), settings.max_targets)
-    else:
-        choices = np.array(target_sizes(settings.object_counts, micro_batch_size))
-        fullest = np.asarray(settings.object_counts)[rows["index"]][members].max(-1)
-        max_targets = choices[np.searchsorted(choices, fullest)]
+    choices = np.array(settings.target_sizes)
+    fullest = np.asarray(settings.object_counts)[rows["index"]][members].max(-1)
+    max_targets = choices[np.searchsorted(choices, fullest)]
     return EpochPlan(rows[members], shapes_hw, max_targets)
 
 

@@ -1,5 +1,6 @@
 """The encoder, DETR's decoder and the conditional decoder."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -157,10 +158,14 @@ def _same_orthogonal(gain: float) -> nn.initializers.Initializer:
     """Always the same rotation: two projections that start from it keep the dot products of what they project."""
 
     def init(_: Array, shape: tuple[int, int]) -> Array:
-        rotation, _ = np.linalg.qr(np.random.default_rng(0).standard_normal(shape))
-        return jnp.asarray(gain * rotation, float)
+        return jnp.asarray(gain * _rotation(shape), float)
 
     return init
+
+
+@functools.cache  # Flax asks for it again, for its shape, whenever the model is traced
+def _rotation(shape: tuple[int, int]) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(0).standard_normal(shape))[0]
 
 
 class SpatialQuery(nn.Module):

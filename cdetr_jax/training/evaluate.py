@@ -1,6 +1,6 @@
 """Evaluation of a detector: COCO AP, and a sheet of a few pictures with what was found in them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,21 @@ from cdetr_jax import build
 from cdetr_jax.classes import ClassTable, classes_in_data
 from cdetr_jax.config_check import check_config
 from cdetr_jax.data.plan import EpochPlan
+from cdetr_jax.data.reader import usable_cores
 from cdetr_jax.data.sources import Source
+from cdetr_jax.device_memory import must_fit
 from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics, coco_average_precision
+from cdetr_jax.training.ahead import Ahead, Programs
 from cdetr_jax.training.feed import Feed
-from cdetr_jax.training.parallel import Trainer
+from cdetr_jax.training.parallel import Trainer, detect_programs
 from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
 from cdetr_jax.weights.load import FREE_FIELDS, Weights
 
 SHEET_PICTURES, SHEET_COLUMNS, SHEET_THRESHOLD = 8, 4, 0.3
+
+_LESS_MEMORY = (
+    "use a smaller config.eval.batch_size, smaller config.data.eval_shapes, or config.model.compute_dtype=bfloat16"
+)
 
 Results = list[dict[str, Any]]  # in COCO's format
 
@@ -43,8 +50,20 @@ def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics
     trainer = Trainer(functions)
     variables = trainer.replicate(weights.variables)
     plan = build.make_eval_plan(config, source, jax.device_count())
-    results = detect_all(config, trainer, variables, source, plan, weights.classes)
+    ahead = Ahead(eval_programs(trainer, variables, plan), usable_cores())
+    try:
+        results = detect_all(config, trainer, variables, source, plan, weights.classes, ahead)
+    finally:
+        ahead.close()
     return None if results is None else coco_average_precision(source.records, source.categories, results)
+
+
+def eval_programs(trainer: Trainer, variables: Any, plan: EpochPlan) -> Iterator[Programs]:
+    """All that `detect_all` compiles, in the order in which it is needed."""
+    batch, (max_targets,) = plan.rows.shape[1] // trainer.device_count, set(plan.max_targets.tolist())
+    for shape_hw in dict.fromkeys(map(tuple, plan.shapes_hw.tolist())):
+        program = trainer.detect_program(variables, batch, shape_hw, max_targets)
+        yield Programs(detect_programs(*shape_hw), [program])
 
 
 def detect_all(
@@ -54,12 +73,14 @@ def detect_all(
     source: Source,
     plan: EpochPlan,
     classes: ClassTable,
+    ahead: Ahead,
     stop: Callable[[], bool] = lambda: False,
 ) -> Results | None:
     """What is found in every picture of a source, in a plan's batches.
 
     Args:
       variables: replicated.
+      ahead: compiles `eval_programs`.
       stop: asked before every batch; once it says so, nothing more is done.
     Returns: None after a stop, and on all processes but the first.
     """
@@ -70,10 +91,11 @@ def detect_all(
     results = []
     try:
         for [placed] in feed:
-            if stop():
-                return None
+            with must_fit(*placed.images_shape, _LESS_MEMORY):
+                if stop() or not ahead.wait(detect_programs(*placed.shape[:2]), stop):
+                    return None
+                detections = trainer.detect(variables, placed)
             index = placed.index.reshape(-1)
-            detections = trainer.detect(variables, placed)
             if jax.process_count() > 1:
                 detections, index = multihost_utils.process_allgather((detections, index), tiled=True)
             if not is_first_process:

@@ -1,9 +1,10 @@
 """A training run, read top to bottom."""
 
 import contextlib
+import itertools
+import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.classes import ClassTable, class_table
 from cdetr_jax.config_check import check_config, count_train_devices
+from cdetr_jax.data.buckets import by_area
+from cdetr_jax.data.pipeline import Batches
+from cdetr_jax.data.plan import EpochPlan, PlanSettings
+from cdetr_jax.data.reader import usable_cores
 from cdetr_jax.data.sources import Source
+from cdetr_jax.device_memory import must_fit
 from cdetr_jax.files import as_path, whole_file
 from cdetr_jax.matching.assign import NonFiniteCostError
 from cdetr_jax.models.resnet import frozen_modules
-from cdetr_jax.training.evaluate import Results, detect_all, evaluation_sheet, shared_summary
+from cdetr_jax.training.ahead import Ahead, Programs
+from cdetr_jax.training.evaluate import Results, detect_all, eval_programs, evaluation_sheet, shared_summary
 from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
-from cdetr_jax.training.parallel import Trainer, unreplicate
+from cdetr_jax.training.parallel import Trainer, step_programs, unreplicate
 from cdetr_jax.training.start import (
     check_data,
     check_same_run,
@@ -32,9 +39,14 @@ from cdetr_jax.training.start import (
     fingerprint,
     initial_state,
 )
-from cdetr_jax.training.step import StepMetrics
+from cdetr_jax.training.step import StepMetrics, TrainState
 from cdetr_jax.training.stopping import Stop, StoppedError, watch_signals
 from cdetr_jax.visualization.curve import training_curve
+
+_LESS_MEMORY = (
+    "use a smaller config.train.batch_size, or a larger config.train.accumulation_steps for the same batch in smaller "
+    "parts, smaller config.data.train_shapes, or config.model.compute_dtype=bfloat16"
+)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -114,10 +126,17 @@ def _train(
         epochs, rest = divmod(step, steps_per_epoch)
         return step == total_steps or (rest == 0 and epochs % config.eval.every_epochs == 0)
 
+    def save(step: int) -> None:
+        epoch, step_of_epoch = divmod(step, steps_per_epoch)
+        saved = unreplicate(state)
+        _check_finite_parameters(step, saved.params)
+        checkpoints.save(step, saved, {"epoch": epoch, "batch": step_of_epoch, **planned_from})
+
     def evaluate_now(step: int, stop: Stop) -> dict[str, float] | None:
         """The AP of a saved step goes to its checkpoint, the metrics, the log and the pictures. None after a stop."""
         say("step %d: evaluating on %d pictures", step, len(eval_source))
-        results = detect_all(config, trainer, state.eval_variables, eval_source, eval_plan, classes, stop.__bool__)
+        variables = state.eval_variables
+        results = detect_all(config, trainer, variables, eval_source, eval_plan, classes, ahead, stop.__bool__)
         if stop:
             return None
         summary = shared_summary(eval_source, results)
@@ -129,10 +148,10 @@ def _train(
         return summary
 
     state = trainer.replicate(state)
+    ahead = Ahead(_programs(trainer, state, plan_settings, batches, eval_plan), usable_cores(), say)
     feed = Feed(batches, trainer.put, accumulation_steps)
     timer = IntervalTimer()
     recent: list[tuple[int, StepMetrics]] = []
-    compiled: set[tuple[int, ...]] = set()
     summary = None
     step = start_step
     try:
@@ -144,13 +163,23 @@ def _train(
             for step in range(start_step + 1, total_steps + 1):
                 with timer.part("data"):
                     micro_batches = next(feed)
-                shape = micro_batches[0].batch.images.shape
-                with _compiling(say, shape) if shape not in compiled else contextlib.nullcontext():
-                    compiled.add(shape)
-                    try:
-                        state, step_metrics = trainer.step(state, micro_batches)
-                    except NonFiniteCostError as error:
-                        raise _named(error, step, micro_batches, source) from None
+                names = [name for each in micro_batches for name in step_programs(*each.shape, accumulation_steps > 1)]
+                largest = max((each.images_shape for each in micro_batches), key=math.prod)
+                with must_fit(*largest, _LESS_MEMORY):
+                    with timer.pause(), progress.pause() if progress else contextlib.nullcontext():
+                        is_compiled = ahead.wait(names, stop.__bool__)
+                    if is_compiled:
+                        try:
+                            state, step_metrics = trainer.step(state, micro_batches)
+                        except NonFiniteCostError as error:
+                            raise _named(error, step, micro_batches, source) from None
+                if not is_compiled:
+                    step -= 1
+                    if recent:
+                        _check_finite(*recent[-1])
+                    if step and step not in checkpoints.steps():
+                        save(step)
+                    break
                 timer.add("match", trainer.matching_s)
                 trainer.matching_s = 0.0
                 if recent:
@@ -165,7 +194,7 @@ def _train(
                     _check_finite(*recent[-1])
                     metrics = _mean_scalars(config, recent)
                     report = timer.report(len(recent) * config.train.batch_size)
-                    if step > start_step + 1:  # the first interval is compilation
+                    if step > start_step + 1:  # in the first interval the devices waited for the first pictures
                         metrics |= report
                     metrics |= {name: float(schedule(step - 1)) for name, schedule in schedules._asdict().items()}
                     recent = []
@@ -179,16 +208,13 @@ def _train(
                 if recent:
                     _check_finite(*recent[-1])
                 with timer.pause():
-                    epoch, step_of_epoch = divmod(step, steps_per_epoch)
-                    position = {"epoch": epoch, "batch": step_of_epoch, **planned_from}
-                    saved = unreplicate(state)
-                    _check_finite_parameters(step, saved.params)
-                    checkpoints.save(step, saved, position)
+                    save(step)
                     if is_due(step) and not stop:
                         summary = evaluate_now(step, stop)
                 if stop:
                     break
     finally:
+        ahead.close()
         feed.close()
         if progress:
             progress.close()
@@ -200,7 +226,8 @@ def _train(
     if batches.bad_files:
         logging.warning("%d damaged pictures were skipped: %s", len(batches.bad_files), sorted(batches.bad_files))
     if stop:
-        raise StoppedError(f"stopped; step {step} of {total_steps} is saved in {workdir}", stop.exit_status)
+        where = f"; step {step} of {total_steps} is saved in {workdir}" if step else " before the first step"
+        raise StoppedError(f"stopped{where}", stop.exit_status)
     return summary
 
 
@@ -216,13 +243,24 @@ def _train_devices(config: ml_collections.ConfigDict) -> tuple[jax.Device, ...]:
     return tuple(devices[:count])
 
 
-@contextlib.contextmanager
-def _compiling(say: Callable[..., None], shape: tuple[int, ...]) -> Iterator[None]:
-    """Says that a step takes long because its programs are compiled, and how long it took."""
-    start = time.monotonic()
-    say("compiling the train step for pictures of %d x %d pixels (height x width)", *shape[-3:-1])
-    yield
-    say("compiled in %.0f s", time.monotonic() - start)
+def _programs(
+    trainer: Trainer, state: TrainState, settings: PlanSettings, batches: Batches, eval_plan: EpochPlan | None
+) -> Iterator[Programs]:
+    """All that a run compiles, in the order in which the first epoch needs it, and what other epochs may need."""
+    batch, accumulates = settings.micro_batch_size // trainer.device_count, settings.accumulation_steps > 1
+
+    def of_shape(shape_hw: tuple[int, int]) -> Programs:
+        names = (step_programs(*shape_hw, targets, accumulates) for targets in settings.target_sizes)
+        programs = (
+            trainer.train_programs(state, batch, shape_hw, targets, accumulates) for targets in settings.target_sizes
+        )
+        return Programs(tuple(itertools.chain.from_iterable(names)), itertools.chain.from_iterable(programs))
+
+    first = list(dict.fromkeys(map(tuple, batches.plan.shapes_hw[batches.position[1] :].tolist())))
+    yield from map(of_shape, first)
+    if eval_plan is not None:
+        yield from eval_programs(trainer, state.eval_variables, eval_plan)
+    yield from map(of_shape, sorted(set(map(tuple, by_area(settings.shapes).tolist())) - set(first)))
 
 
 def _named(error: NonFiniteCostError, step: int, micro_batches: Sequence[Any], source: Source) -> NonFiniteLossError:

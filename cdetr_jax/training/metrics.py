@@ -131,7 +131,6 @@ class IntervalTimer:
     def report(self, images: int) -> dict[str, float]:
         """Ends the interval, in which so many images were trained on, and starts the next.
 
-        The first one holds the time of compiling: end it after the first step, and drop its report.
         Returns: "images_per_second", and "<name>_percent" of the interval's time for every part seen so far.
         """
         now = monotonic()
@@ -157,6 +156,7 @@ class Progress:
         self._total = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._marks = deque(maxlen=RATE_WINDOW_STEPS + 1)  # (time, step)
+        self._paused_s = 0.0
         self._text = ""
         self._bar = None
         if sys.stderr.isatty():
@@ -175,8 +175,7 @@ class Progress:
           metrics: what is known at a logging step, else None. Shown are "loss", "images_per_second", "data_percent"
             and "match_percent", those that it holds. Without a terminal only these calls write a line.
         """
-        # The first call comes after the first step, so the time of compiling is not part of any pace.
-        self._marks.append((monotonic(), step))
+        self._marks.append((monotonic() - self._paused_s, step))
         if metrics is not None:
             self._text = _shown(metrics)
         epoch = f"epoch {max(0, step - 1) // self._steps_per_epoch + 1}/{self._total_epochs()}"
@@ -186,6 +185,15 @@ class Progress:
             self._bar.update(step - self._bar.n)
         elif metrics is not None:
             logging.info("%s", " ".join(filter(None, (epoch, f"step {step}/{self._total}", self._text, left))))
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time inside the `with` block, such as that of compiling, is not part of any pace."""
+        start = monotonic()
+        try:
+            yield
+        finally:
+            self._paused_s += monotonic() - start
 
     def say(self, text: str, *values: object) -> None:
         """Logs a line, above the bar if there is one."""

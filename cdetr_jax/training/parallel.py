@@ -60,6 +60,16 @@ class Placed:
     valid: np.ndarray
     index: np.ndarray
 
+    @property
+    def images_shape(self) -> tuple[int, int, int]:
+        """Pictures on one device, padded height and width in pixels."""
+        return self.batch.images.shape[1:4]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Padded height, width and T: what its programs are compiled for."""
+        return (*self.batch.images.shape[-3:-1], self.valid.shape[-1])
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -80,10 +90,22 @@ class Program:
         """Traced only."""
         return self.function.lower(*self.arguments)
 
-    @functools.cached_property
+    @property
     def compiled(self) -> jax.stages.Compiled:
-        """Compiles it."""
+        """Compiles it, the first time; JAX keeps what was compiled."""
         return self.lowered.compile()
+
+
+def step_programs(height: int, width: int, targets: int, accumulates: bool) -> tuple[str, ...]:
+    """What `Trainer.train_programs` gives, in its order, each with what it was made for."""
+    add = ("sum of gradients", "sum of losses") if accumulates else ()
+    names = (f"forward {height}x{width}", f"cost of {targets} targets", f"loss of {targets} targets")
+    return (*names, f"backward {height}x{width}", *add, "update")
+
+
+def detect_programs(height: int, width: int) -> tuple[str, ...]:
+    """The same for `Trainer.detect_program`."""
+    return (f"evaluation {height}x{width}",)
 
 
 class Trainer:
@@ -111,6 +133,11 @@ class Trainer:
         self.apply = self._map(functions.apply, (SAME, OWN, SAME), (SAME, SAME), donate=0)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._detect = self._map(functions.detect, (SAME, OWN), OWN)
+
+    @property
+    def device_count(self) -> int:
+        """Devices of all processes that take part."""
+        return self._mesh.size
 
     def _map(self, function: Callable, in_specs: Any, out_specs: Any, out_shardings: Any = None, donate: Any = ()):
         """A function of one device's share, for all; the leading axis of what is the device's own is taken off."""

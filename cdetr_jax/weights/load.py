@@ -202,9 +202,8 @@ def _run_of(source: str) -> tuple[str, int | None] | None:
 
 def _template(fields: dict[str, Any]) -> Any:
     """The shapes of the model's variables."""
-    model = model_of(fields)
-    images, sizes = jnp.zeros((1, 64, 64, 3), jnp.uint8), jnp.full((1, 2), 64)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), images, sizes))
+    images, sizes_hw = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(model_of(fields).init, jax.eval_shape(lambda: jax.random.key(0)), images, sizes_hw)
 
 
 @contextmanager

@@ -108,6 +108,11 @@ def undisturbed(tmp_path_factory):
     return config, workdir, loop.train_and_evaluate(config, workdir)
 
 
+def nothing_ahead(*_):
+    """For a trainer with a part that is no compiled function."""
+    return []
+
+
 def step_functions(config, num_classes=5):
     return build.make_step_functions(config, num_classes, build.make_schedules(config, 1))
 
@@ -294,6 +299,7 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
         return apply(*arguments)
 
     monkeypatch.setattr(trainer, "apply", stop)
+    monkeypatch.setattr(loop, "_programs", nothing_ahead)
     config = make_config(train={"checkpoint_every_steps": 100, "log_every_steps": 100})
     with pytest.raises(StoppedError, match=rf"^stopped; step 1 of {STEPS} is saved in {tmp_path}$") as stopped:
         loop.train_and_evaluate(config, tmp_path)
@@ -302,6 +308,39 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
     check_same(tmp_path, undisturbed[1], 1)
     with Image.open(tmp_path / "curve.png") as curve:
         curve.load()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message", "saved"),
+    [(0, "stopped before the first step", []), (2, "stopped; step 2 of 9 is saved in ", [2])],
+)
+def test_a_run_that_waits_for_a_program_stops_at_once(steps, message, saved, tmp_path, monkeypatch):
+    calls = []
+
+    def wait(self, names, stop):
+        calls.append(names)
+        if len(calls) > steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return not stop()
+
+    monkeypatch.setattr(loop.Ahead, "wait", wait)
+    config = make_config(train={"checkpoint_every_steps": 100, "log_every_steps": 100})
+    with pytest.raises(StoppedError, match=f"^{message}"):
+        loop.train_and_evaluate(config, tmp_path)
+    assert saved_steps(tmp_path) == saved
+
+
+def test_a_step_that_does_not_fit_the_memory_ends_in_one_line_that_says_what_to_change(tmp_path, monkeypatch):
+    def wait(self, names, stop):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory in hbm.\n\nmore of it")
+
+    monkeypatch.setattr(loop.Ahead, "wait", wait)
+    message = (
+        r"^1 picture\(s\) of 32 x 32 pixels \(height x width\) do not fit the memory of a device \(.*\); use a smaller "
+        r"config\.train\.batch_size, .* \(RESOURCE_EXHAUSTED: Out of memory in hbm\.\)$"
+    )
+    with pytest.raises(MemoryError, match=message):
+        loop.train_and_evaluate(make_config(), tmp_path)
 
 
 def test_an_evaluation_that_failed_is_made_up_for(undisturbed, tmp_path, monkeypatch):
@@ -453,6 +492,7 @@ def test_parameters_that_are_not_finite_end_the_run_unsaved(every, log, message,
         return state, metrics
 
     monkeypatch.setattr(trainer, "apply", poisoned)
+    monkeypatch.setattr(loop, "_programs", nothing_ahead)
     config = make_config(train={"checkpoint_every_steps": every, "log_every_steps": log})
     with pytest.raises(loop.NonFiniteLossError, match=message):
         loop.train_and_evaluate(config, tmp_path)
@@ -474,6 +514,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(field, undisturbed, tmp_
         return cotangents, losses
 
     monkeypatch.setattr(trainer, "loss", poisoned)
+    monkeypatch.setattr(loop, "_programs", nothing_ahead)
     name = {"class_loss": "class", "giou_loss": "GIoU"}[field]
     # Neither logged nor saved at step 2: seen at the next step.
     config = make_config(train={"checkpoint_every_steps": 100, "log_every_steps": 100})
