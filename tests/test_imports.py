@@ -39,7 +39,7 @@ data/pipeline
 evaluation/postprocess
 evaluation/coco_eval
 visualization/draw visualization/curve
-training/optimizer training/step training/tensorboard training/ahead
+training/optimizer training/step training/tensorboard training/ahead training/processes
 training/parallel training/metrics training/feed training/stopping
 checkpoints/mismatch checkpoints/workdir
 checkpoints/io
@@ -51,7 +51,8 @@ onnx_convert
 export
 config_check
 build
-training/start training/evaluate
+training/start
+training/evaluate
 training/loop
 inference
 cli/settings cli/arguments

@@ -73,7 +73,7 @@ class Checkpoints:
         Raises: OSError, if this or the save before could not be written (a full disk); what was saved before stays.
         """
         self._wait()
-        position = {**position, CHECKSUMS: {**_checksums(state), "position": _checksum_of_json(position)}}
+        position = {**position, CHECKSUMS: {**checksums(state), "position": _checksum_of_json(position)}}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         self._saving = step
         with self._writing():
@@ -236,7 +236,7 @@ class Checkpoints:
         position = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
         expected = position.pop(CHECKSUMS, None)
         if expected is not None:  # else it was saved before there were any
-            found = {**_checksums(state), "position": _checksum_of_json(position)}
+            found = {**checksums(state), "position": _checksum_of_json(position)}
             wrong = [name for name, checksum in found.items() if checksum != expected.get(name)]
             if wrong:
                 raise DamagedCheckpointError(
@@ -275,7 +275,7 @@ def _best(steps: Sequence[int], scores: dict[int, float]) -> int | None:
     return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
 
 
-def _checksums(tree: Any) -> dict[str, int]:
+def checksums(tree: Any) -> dict[str, int]:
     """CRC-32 of all arrays whose names start alike, such as those of "params"."""
     sums: dict[str, int] = {}
     for path, leaf in _leaves(tree):

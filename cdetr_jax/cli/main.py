@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Iterable
 
 from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, whole
@@ -245,6 +246,7 @@ def keep_compiled_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
+USERS_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError, MemoryError)
 TAKES_CONFIG_FIELDS = ("train", "evaluate", "benchmark")
 
 
@@ -272,7 +274,10 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def run(argv: list[str] | None = None) -> None:
-    """Entry point of the console script. A user's mistake is one line and exit status 1; 130 after Ctrl-C."""
+    """Entry point of the console script.
+
+    A user's mistake is one line and exit status 1; 130 after Ctrl-C, but 75 if a training run has saved all of it.
+    """
     is_console_script = argv is None
     argv = sys.argv[1:] if argv is None else argv
     main = parser()
@@ -286,15 +291,29 @@ def run(argv: list[str] | None = None) -> None:
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError, MemoryError) as error:
-        out_of_memory = "out of memory: " if isinstance(error, MemoryError) else ""
-        message = "; ".join([str(error), *getattr(error, "__notes__", [])])
-        print(f"cdetr {arguments.command}: error: {out_of_memory}{message}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt as stopped:  # a training run says what it saved, and whether it was Ctrl-C or SIGTERM
+    except KeyboardInterrupt as stopped:  # a training run says what it saved
         print(f"\n{stopped if stopped.args else 'stopped'}", file=sys.stderr)
         status = getattr(stopped, "exit_status", 130)
+        if not hasattr(stopped, "exit_status"):
+            _leave(status, "Ctrl-C", stopped)
         if is_console_script and any(thread.name.startswith("compile") for thread in threading.enumerate()):
             sys.stdout.flush()
+            if processes := sys.modules.get("cdetr_jax.training.processes"):
+                processes.wait_for_all()
             os._exit(status)  # all is saved, and Python would wait until what is being compiled is done
         sys.exit(status)
+    except Exception as error:
+        is_a_defect = not isinstance(error, USERS_ERRORS)
+        if is_a_defect:
+            traceback.print_exc()
+        kind = "out of memory: " if isinstance(error, MemoryError) else f"{type(error).__name__}: " * is_a_defect
+        message = kind + "; ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"cdetr {arguments.command}: error: {message}", file=sys.stderr)
+        _leave(1, message, error)
+
+
+def _leave(status: int, cause: str, error: BaseException) -> None:
+    """Ends the process; one of several, which has imported this module to join them, does not wait for the others."""
+    if processes := sys.modules.get("cdetr_jax.training.processes"):
+        processes.leave(status, cause, error)
+    sys.exit(status)

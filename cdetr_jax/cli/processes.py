@@ -45,14 +45,17 @@ def join_processes(arguments: argparse.Namespace) -> None:
     import jax
     from absl import logging
 
+    from cdetr_jax.training.processes import HEARTBEAT_S, watch_others
+
     if given == [None] * 3:
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
         except ValueError as error:
             raise ValueError(
                 f"--multihost: JAX detects no Cloud TPU, GKE, SLURM or Open MPI here ({error}); say which process this "
                 f"is by {', '.join(names)}; for one process leave --multihost out"
             ) from None
+        watch_others()
         return
     missing = [name for name, value in zip(names, given, strict=True) if value is None]
     if missing:
@@ -66,7 +69,8 @@ def join_processes(arguments: argparse.Namespace) -> None:
     logging.info(
         "process %d of %d: waiting up to 5 minutes for the others at %s", process_id, num_processes, coordinator
     )
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_S)
+    watch_others()
 
 
 def _check_free(coordinator: str) -> None:

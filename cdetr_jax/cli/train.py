@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         train_and_evaluate(config, workdir)
     except StoppedError as stopped:
         command = ["cdetr", "train", f"--config={arguments.config}", f"--workdir={arguments.workdir}", *fields]
-        raise StoppedError(f"{stopped}; to go on: {shlex.join(command)}", stopped.exit_status) from None
+        raise StoppedError(f"{stopped}; to go on: {shlex.join(command)}") from None
     if jax.process_index() > 0:
         return
     print(f"checkpoints  {workdir / 'checkpoints'}\nmetrics      {workdir / 'metrics.jsonl'}")

@@ -1,6 +1,6 @@
 """Evaluation of a detector: COCO AP, and a sheet of a few pictures with what was found in them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics, coco_average_pr
 from cdetr_jax.training.ahead import Ahead, Programs
 from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.parallel import Trainer, detect_programs
+from cdetr_jax.training.start import check_same_command, check_same_data, check_same_state
+from cdetr_jax.training.stopping import Stop
 from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
 from cdetr_jax.weights.load import FREE_FIELDS, Weights
 
@@ -44,15 +46,18 @@ def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics
     """
     config = _with_model_of(weights, config)
     check_config(config)
+    check_same_command(config)
     source = build.make_source(config, "eval")
     logging.info("%d pictures", len(source))
+    check_same_data(None, source, weights.classes)
+    check_same_state(weights.variables)
     functions = build.make_step_functions(config, len(weights.classes), build.make_schedules(config, 1))
     trainer = Trainer(functions)
     variables = trainer.replicate(weights.variables)
     plan = build.make_eval_plan(config, source, jax.device_count())
     ahead = Ahead(eval_programs(trainer, variables, plan), usable_cores())
     try:
-        results = detect_all(config, trainer, variables, source, plan, weights.classes, ahead)
+        results = detect_all(config, trainer, variables, source, plan, weights.classes, ahead, Stop())
     finally:
         ahead.close()
     return None if results is None else coco_average_precision(source.records, source.categories, results)
@@ -74,7 +79,7 @@ def detect_all(
     plan: EpochPlan,
     classes: ClassTable,
     ahead: Ahead,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Stop,
 ) -> Results | None:
     """What is found in every picture of a source, in a plan's batches.
 
@@ -92,7 +97,7 @@ def detect_all(
     try:
         for [placed] in feed:
             with must_fit(*placed.images_shape, _LESS_MEMORY):
-                if stop() or not ahead.wait(detect_programs(*placed.shape[:2]), stop):
+                if stop.ask() or not ahead.wait(detect_programs(*placed.shape[:2]), stop.__bool__):
                     return None
                 detections = trainer.detect(variables, placed)
             index = placed.index.reshape(-1)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,13 @@ from cdetr_jax.training.evaluate import Results, detect_all, eval_programs, eval
 from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
 from cdetr_jax.training.parallel import Trainer, step_programs, unreplicate
+from cdetr_jax.training.processes import are_several, check_shared
 from cdetr_jax.training.start import (
     check_data,
+    check_same_command,
+    check_same_data,
     check_same_run,
+    check_same_state,
     describe_parameters,
     fingerprint,
     initial_state,
@@ -61,18 +66,21 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     Returns: the last evaluation's 12 COCO numbers; None if none was made.
     Raises: ValueError, if a field or the data are wrong, or the workdir holds another run or one that is going on;
       FileNotFoundError, if pictures are missing; NonFiniteLossError; OSError, if a checkpoint cannot be written;
-      StoppedError, after Ctrl-C or SIGTERM, with all of it saved (in a run of one process).
+      StoppedError, after Ctrl-C or SIGTERM, with all of it saved.
     """
     workdir = as_path(workdir)
     check_config(config)
+    check_same_command(config)
     devices = _train_devices(config)
     source = build.make_source(config, "train")
     eval_source = build.make_source(config, "eval") if config.eval.every_epochs > 0 else None
     classes = class_table(source.categories, config.data.class_ids, config.model.num_classes)
     check_same_run(config, classes, workdir)
     check_data(config, source, eval_source, classes)
+    check_same_data(source, eval_source, classes)
     # The other processes of a run belong to the first, which alone writes.
     with run_files.locked(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        check_shared(workdir)
         return _train(config, workdir, devices, source, eval_source, classes)
 
 
@@ -95,6 +103,7 @@ def _train(
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
     planned_from = {"steps_per_epoch": steps_per_epoch, "pictures": fingerprint(source)}
     state, start_step = initial_state(config, functions, checkpoints, planned_from, classes)
+    check_same_state(state, start_step)
     accumulation_steps = config.train.accumulation_steps
     epoch, step_of_epoch = divmod(start_step, steps_per_epoch)
     start = (epoch, step_of_epoch * accumulation_steps)
@@ -136,7 +145,7 @@ def _train(
         """The AP of a saved step goes to its checkpoint, the metrics, the log and the pictures. None after a stop."""
         say("step %d: evaluating on %d pictures", step, len(eval_source))
         variables = state.eval_variables
-        results = detect_all(config, trainer, variables, eval_source, eval_plan, classes, ahead, stop.__bool__)
+        results = detect_all(config, trainer, variables, eval_source, eval_plan, classes, ahead, stop)
         if stop:
             return None
         summary = shared_summary(eval_source, results)
@@ -155,7 +164,7 @@ def _train(
     summary = None
     step = start_step
     try:
-        with watch_signals() if jax.process_count() == 1 else contextlib.nullcontext(Stop()) as stop:
+        with watch_signals() as stop:
             if is_due(start_step) and checkpoints.score(start_step) is None:  # it was stopped before this was done
                 summary = evaluate_now(start_step, stop)
             elif start_step >= total_steps:
@@ -188,7 +197,7 @@ def _train(
                 checkpoints.check()
 
                 end_of_epoch = step % steps_per_epoch == 0
-                last = step == total_steps or bool(stop)
+                last = stop.ask() or step == total_steps
                 metrics = None
                 if step % config.train.log_every_steps == 0 or last or step == start_step + 1:
                     _check_finite(*recent[-1])
@@ -220,14 +229,15 @@ def _train(
             progress.close()
         if writer:
             writer.close()
-        checkpoints.close()
+        if not (are_several() and sys.exception()):  # else it would wait for the others, who do not come
+            checkpoints.close()
         if is_first_process and (workdir / "metrics.jsonl").exists():
             _draw(workdir)
     if batches.bad_files:
         logging.warning("%d damaged pictures were skipped: %s", len(batches.bad_files), sorted(batches.bad_files))
     if stop:
         where = f"; step {step} of {total_steps} is saved in {workdir}" if step else " before the first step"
-        raise StoppedError(f"stopped{where}", stop.exit_status)
+        raise StoppedError(f"stopped{where}")
     return summary
 
 

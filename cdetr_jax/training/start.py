@@ -13,13 +13,14 @@ from absl import logging
 from clu import parameter_overview
 
 from cdetr_jax.checkpoints import workdir as run_files
-from cdetr_jax.checkpoints.io import Checkpoints
+from cdetr_jax.checkpoints.io import Checkpoints, checksums
 from cdetr_jax.classes import ClassTable, classes_in_data
 from cdetr_jax.data.pipeline import sizes_hw
 from cdetr_jax.data.sources import Source, missing_files
 from cdetr_jax.files import as_path, whole_file
 from cdetr_jax.records import Category
 from cdetr_jax.training.optimizer import FROZEN, parameter_groups
+from cdetr_jax.training.processes import agree, code_version
 from cdetr_jax.training.step import TrainState, new_rng
 from cdetr_jax.weights.load import Backbone, Weights, load_initial
 from cdetr_jax.weights.start import check_form, start_from
@@ -117,6 +118,27 @@ def check_data(
             classes_in_data(classes, eval_source.categories)
         except ValueError as error:
             raise ValueError(f"the evaluation set: {error}") from error
+
+
+def check_same_command(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError on all processes, if they have not the same config, code and number of devices."""
+    fields = {f"config.{name}": value for name, value in _flatten(config.to_dict()).items()}
+    agree({**fields, **code_version(), "the number of devices": jax.local_device_count()})
+
+
+def check_same_data(source: Source | None, eval_source: Source | None, classes: ClassTable) -> None:
+    """Raises ValueError on all processes, if they have not the same pictures and classes."""
+    facts = {}
+    for what, each in (("training", source), ("evaluation", eval_source)):
+        if each is not None:
+            facts[f"the {what} set"] = f"{len(each)} pictures (fingerprint {fingerprint(each)})"
+    agree(facts | {f"class logit {logit}": _named(category) for logit, category in enumerate(classes)})
+
+
+def check_same_state(state: Any, step: int = 0) -> None:
+    """Raises ValueError on all processes, if they do not start from the same step with the same arrays."""
+    sums = {f"the checksum of {name}": f"{checksum:08x}" for name, checksum in checksums(state).items()}
+    agree({"the step to start from": step, **sums})
 
 
 def fingerprint(source: Source) -> str:

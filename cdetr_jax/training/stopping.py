@@ -7,52 +7,62 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-STATUS_OF_A_SIGNAL = 128  # plus its number: what a shell shows of a process that it ended
+from jax.experimental import multihost_utils
+
+from cdetr_jax.training.processes import are_several
+
+STOPPED = 75  # the exit status; EX_TEMPFAIL of sysexits.h: the same command, called again, goes on
 
 
 class StoppedError(KeyboardInterrupt):
-    """The user, or the machine's scheduler, ended a run early; all of it is saved.
+    """The user, or the machine's scheduler, ended a run early; all of it is saved."""
 
-    Attributes:
-      exit_status: 130 for Ctrl-C, 143 for SIGTERM.
-    """
-
-    def __init__(self, message: str, exit_status: int):
-        super().__init__(message)
-        self.exit_status = exit_status
+    exit_status = STOPPED
 
 
 class Stop:
-    """Whether a run is to end after its step. Reads as true from the first signal on.
+    """Whether a run is to end after its step.
 
     Attributes:
-      number: of the signal; None before one came.
+      told: whether a signal has come; of several processes, whether all have got to the point where they stop.
     """
 
-    number: int | None = None
+    told = False
+
+    def __init__(self) -> None:
+        self._asked = 0
 
     def __bool__(self) -> bool:
-        return self.number is not None
+        return self.told
 
-    @property
-    def exit_status(self) -> int:
-        """What the process is to end with."""
-        return STATUS_OF_A_SIGNAL + (self.number or 0)
+    def ask(self) -> bool:
+        """Asks anew. Several processes ask at the same points of a run, and all hear the same.
+
+        A signal to one of them is known to the others a second or two later.
+        """
+        if are_several() and not self.told:
+            self._asked += 1
+            self.told = multihost_utils.reached_preemption_sync_point(self._asked)
+        return self.told
 
 
 @contextlib.contextmanager
 def watch_signals() -> Iterator[Stop]:
-    """Notes Ctrl-C and SIGTERM during the block; a second signal of the same kind ends the process at once.
+    """Notes Ctrl-C and SIGTERM during the block; a second Ctrl-C ends the process at once, and so does a second
+    SIGTERM where the process is alone.
 
-    To be used by a run of one process: those of several would each end after another step. Outside of the main thread,
-    where Python handles no signals, it notes none.
+    Of several processes JAX handles SIGTERM, which tells the others, and Ctrl-C counts as SIGTERM. Outside of the main
+    thread, where Python handles no signals, a process that is alone notes none.
     """
-    stop = Stop()
+    stop, several = Stop(), are_several()
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
-        stop.number = number
         signal.signal(number, signal.SIG_DFL)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            stop.told = True
         again = "Ctrl-C once more" if number == signal.SIGINT else "SIGTERM once more"
         text = f"\n{signal.Signals(number).name}: saving a checkpoint after this step ({again} to leave at once)\n"
         os.write(2, text.encode())  # a signal may come in the middle of a print, which must not print again
@@ -60,9 +70,10 @@ def watch_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python

@@ -1,0 +1,203 @@
+"""What the processes of a run tell each other, through JAX's coordination service: no device takes part.
+
+They compare what they start with, and when one fails, it leaves at once and the others end with its reason. JAX's own
+end waits for minutes for a process that does not come, and does not say why.
+"""
+
+import atexit
+import contextlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from jax._src import distributed  # the service's keys and values have no public name
+
+from cdetr_jax.files import as_path, whole_file
+
+# A process that is silent for so long counts as dead, and JAX ends the others; also where a host is stopped or lost.
+HEARTBEAT_S = 15
+_WAIT_MS = 3600 * 1000  # for a process that is alive, such as one that lists a large folder for the first time
+_SEEN_MS = 3000  # the service ends with the first process, which therefore waits until the others know why
+_SHARED_S = 10  # a network file system may show a new file late
+_LOOK_S = 0.5
+_FAILED, _SEEN = "cdetr/failed", "cdetr/seen"
+_SHOWN_FIELDS, _SHOWN_CHARACTERS = 5, 100
+
+_rounds = itertools.count()
+
+
+def are_several() -> bool:
+    """Whether this process is one of several."""
+    return distributed.global_state.client is not None and distributed.global_state.num_processes > 1
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Compares facts, which all processes must have alike; waits for all of them.
+
+    Args:
+      facts: by the name that an error is to give them; what JSON can hold.
+    Raises: ValueError on all processes, with the names that differ and two of their values.
+    """
+    if not are_several():
+        return
+    key, get = f"cdetr/facts/{next(_rounds)}", distributed.global_state.client.blocking_key_value_get
+    _set(f"{key}/{jax.process_index()}", json.dumps([_name(), facts]))
+    of_all = [json.loads(get(f"{key}/{i}", _WAIT_MS)) for i in range(jax.process_count())]
+    differing = []
+    for name in dict.fromkeys(itertools.chain.from_iterable(facts for _, facts in of_all)):
+        values = [(_short(facts[name]) if name in facts else "nothing", process) for process, facts in of_all]
+        other = next((value for value in values if value[0] != values[0][0]), None)
+        if other:
+            differing.append(f"{name} is {values[0][0]} on {values[0][1]}, {other[0]} on {other[1]}")
+    if differing:
+        more = f"; and {len(differing) - _SHOWN_FIELDS} more" if len(differing) > _SHOWN_FIELDS else ""
+        raise ValueError(
+            f"the processes of this run differ: {'; '.join(differing[:_SHOWN_FIELDS])}{more}. Start the same command "
+            "with the same code, data, number of devices and a shared workdir on all of them"
+        )
+
+
+def code_version() -> dict[str, str]:
+    """The package's version with a checksum of its files, and JAX's."""
+    checksum, package = 0, Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        checksum = zlib.crc32(path.read_bytes(), zlib.crc32(path.relative_to(package).as_posix().encode(), checksum))
+    try:
+        version = metadata.version("cdetr_jax")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    return {"cdetr_jax": f"{version}, checksum of its code {checksum:08x}", "jax": jax.__version__}
+
+
+def check_shared(folder: str | os.PathLike) -> None:
+    """Raises ValueError on all processes, if one does not see what the first one writes in a folder."""
+    if not are_several():
+        return
+    path, key = as_path(folder) / ".shared", f"cdetr/shared/{next(_rounds)}"
+    if jax.process_index() == 0:
+        token = uuid.uuid4().hex
+        with whole_file(path) as temporary:
+            temporary.write_text(token)
+        _set(key, token)
+    token = distributed.global_state.client.blocking_key_value_get(key, _WAIT_MS)
+    deadline = time.monotonic() + _SHARED_S
+    while not (is_seen := _holds(path, token)) and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+    agree({"what process 0 writes to the workdir": "seen" if is_seen else f"not seen in {folder}"})
+
+
+def watch_others() -> None:
+    """Has this process end when another one fails. To be called once, when the processes are joined."""
+    if not are_several():
+        return
+    client, done = distributed.global_state.client, threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_LOOK_S):
+            if failure := _value(client, _FAILED):
+                logging.error("%s; %s ends too. Run the same command again on all of them to go on", failure, _name())
+                leave(1, failure)
+
+    def end() -> None:
+        wait_for_all()  # they may still fail
+        done.set()
+        thread.join()
+
+    thread = threading.Thread(target=watch, name="other processes", daemon=True)
+    thread.start()
+    atexit.register(end)
+
+
+def wait_for_all() -> None:
+    """Waits until all processes have come so far, and parts from them."""
+    if are_several():
+        jax.distributed.shutdown()
+
+
+def leave(status: int, cause: str, error: BaseException | None = None) -> None:
+    """Ends this process now, if it is one of several, and lets the others know; else it does nothing.
+
+    Args:
+      status: the exit status.
+      cause: in a line.
+      error: where that came from. What XLA reports is often that another process is gone: then there is time for that
+        one's own words, or for JAX to find out which one it was, and to end this process.
+    """
+    if not are_several():
+        return
+    client, process = distributed.global_state.client, jax.process_index()
+    _flush()
+    if _comes_from_others(error):
+        time.sleep(HEARTBEAT_S + 5)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was the first
+        _set(_FAILED, f"{_name()} has failed: {cause}")
+    _flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _set(f"{_SEEN}/{process}", "yes")
+        deadline = time.monotonic() + _SEEN_MS / 1000
+        for other in range(1, jax.process_count()) if process == 0 else ():
+            left_ms = int((deadline - time.monotonic()) * 1000)
+            client.blocking_key_value_get(f"{_SEEN}/{other}", max(1, left_ms))
+    if process == 0:
+        time.sleep(0.5)  # in which they end
+    os._exit(status)
+
+
+def _comes_from_others(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__
+    return False
+
+
+def _name() -> str:
+    return f"process {jax.process_index()} ({socket.gethostname()})"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return (
+        text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({zlib.crc32(text.encode()):08x})"
+    )
+
+
+def _set(key: str, value: str) -> None:
+    distributed.global_state.client.key_value_set(key, value)
+
+
+def _value(client: Any, key: str) -> str | None:
+    try:
+        return client.key_value_try_get(key)
+    except jax.errors.JaxRuntimeError:  # it is not there, or the service is not: then JAX ends this process
+        return None
+
+
+def _holds(path: Any, token: str) -> bool:
+    try:
+        return path.read_text() == token
+    except (OSError, ValueError):
+        return False
+
+
+def _flush() -> None:
+    for stream in _streams():
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+def _streams() -> Iterator[Any]:
+    yield from (sys.stdout, sys.stderr)
+    yield from logging.logging.getLogger().handlers
