@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 DEMO_FLAGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-processes lint clean
 
 # The environment is made anew when what it is made from has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,6 +33,9 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+test-processes: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m processes
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

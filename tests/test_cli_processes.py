@@ -16,7 +16,7 @@ COMMANDS = {"train": ["train", "--config=c.py", "--workdir=w"], "evaluate": ["ev
 def join(monkeypatch):
     """Joins as a command with some more arguments does; returns what JAX was given, None if it was not called."""
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: calls.append(given))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, heartbeat_timeout_seconds: calls.append(given))
     for _, variable, *_ in OPTIONS:
         monkeypatch.delenv(variable, raising=False)
 
@@ -60,7 +60,7 @@ def test_half_named_processes_are_refused(join, arguments, message):
 
 
 def test_without_a_cluster_the_error_names_the_options(join, monkeypatch):
-    def initialize():
+    def initialize(**_):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)

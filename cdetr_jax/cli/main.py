@@ -54,7 +54,15 @@ def parser() -> argparse.ArgumentParser:
     train = add(
         "train",
         "train a detector, or go on with a run that was stopped",
-        CONFIG_HELP + "\n\nexample:\n  cdetr train --config=configs/demo.py --workdir=runs/demo",
+        CONFIG_HELP + "\n\nexit status:\n"
+        "  0   the run is complete\n"
+        "  75  Ctrl-C or SIGTERM; all is saved, and the same command goes on\n"
+        "  else it has failed, or was ended before it could save; the same command goes\n"
+        "  on from the last checkpoint\n\n"
+        "Several processes start with the same config, code, data and number of devices,\n"
+        "in a workdir that all see; differences are refused. A signal to one of them\n"
+        "stops all at the same step. When one fails, the others end within 30 seconds.\n\n"
+        "example:\n  cdetr train --config=configs/demo.py --workdir=runs/demo",
     )
     train.add_argument("--config", required=True, type=name, metavar="FILE", help="recipe, such as configs/demo.py")
     train.add_argument("--workdir", required=True, type=name, metavar="DIR", help="where checkpoints and metrics go")

@@ -1,11 +1,12 @@
 """A recipe for tests of several processes: a run of a minute, with the faults that the environment asks for.
 
 FAULT=process:part:call:kind, for example 1:step:5:TERM. part: step, evaluation or checkpoint. call: which one of this
-process's. kind: a signal's name, or error.
+process's. kind: a signal's name, or error. FAULT_MARK=file: made when it happens.
 """
 
 import os
 import signal
+import time
 
 from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.models import resnet
@@ -16,7 +17,7 @@ PARTS = {"step": (Trainer, "step"), "evaluation": (Trainer, "detect"), "checkpoi
 
 
 def get_config():
-    """The demo's, with one block a stage and one decoder layer."""
+    """The demo's, with one block a stage and one decoder layer; 24 steps, evaluated after 12 and 24."""
     resnet.STAGE_SIZES["resnet18"] = (1, 1, 1, 1)
     if fault := os.environ.get("FAULT"):
         _add(*fault.split(":"))
@@ -26,8 +27,8 @@ def get_config():
     config.data.update({"train_shapes": ((32, 32),), "eval_shapes": ((32, 32),), "short_sides_px": (32,)})
     config.data.update({"long_side_max_px": 32, "eval_short_side_px": 32, "max_targets": 4, "threads": 1})
     config.data.synthetic.update({"train_pictures": 24, "eval_pictures": 11, "height": 32, "width": 32})
-    config.train.update({"batch_size": 4, "num_epochs": 2, "log_every_steps": 1, "checkpoint_every_steps": 2})
-    config.eval.update({"batch_size": 4, "every_epochs": 1})
+    config.train.update({"batch_size": 4, "num_epochs": 4, "log_every_steps": 1, "checkpoint_every_steps": 2})
+    config.eval.update({"batch_size": 4, "every_epochs": 2})
     return config
 
 
@@ -40,9 +41,13 @@ def _add(process: str, part: str, call: str, kind: str) -> None:
 
         calls.append(name)
         if jax.process_index() == int(process) and len(calls) == int(call):
+            if mark := os.environ.get("FAULT_MARK"):
+                open(mark, "w").close()
             if kind == "error":
                 raise ValueError("a fault that was asked for")
             os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
+        if kind in ("INT", "TERM") and len(calls) >= int(call):
+            time.sleep(1)  # JAX looks for a signal once a second, in which such a small run would be over
         return before(*arguments, **settings)
 
     setattr(owner, name, with_fault)

@@ -6,20 +6,43 @@ import threading
 
 import pytest
 
+from cdetr_jax.training import stopping
 from cdetr_jax.training.stopping import watch_signals
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_is_noted_and_the_second_left_to_the_system(number, status, capfd):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_left_to_the_system(number, capfd):
     before = signal.getsignal(number)
     with watch_signals() as stop:
         assert not stop
         os.kill(os.getpid(), number)
         assert stop
-        assert stop.exit_status == status
+        assert stop.ask()
         assert signal.getsignal(number) == signal.SIG_DFL
     assert signal.getsignal(number) == before
     assert f"{number.name}: saving a checkpoint after this step" in capfd.readouterr().err
+
+
+def test_of_several_processes_all_stop_at_the_point_that_jax_names(monkeypatch):
+    """Ctrl-C goes to JAX's handler of SIGTERM; every asking counts, and the answer stays."""
+    asked, got = [], []
+
+    def reached(count):
+        asked.append(count)
+        return count == 3
+
+    monkeypatch.setattr(stopping, "are_several", lambda: True)
+    monkeypatch.setattr(stopping.multihost_utils, "reached_preemption_sync_point", reached)
+    monkeypatch.setattr(os, "kill", lambda process, number: got.append(number))
+    before = signal.getsignal(signal.SIGTERM)
+    with watch_signals() as stop:
+        assert signal.getsignal(signal.SIGTERM) == before
+        signal.raise_signal(signal.SIGINT)
+        assert got == [signal.SIGTERM]
+        assert not stop
+        assert [stop.ask() for _ in range(5)] == [False, False, True, True, True]
+        assert stop
+    assert asked == [1, 2, 3]
 
 
 def test_another_thread_notes_none():
