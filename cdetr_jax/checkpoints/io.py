@@ -17,6 +17,7 @@ from absl import logging as absl_logging
 from cdetr_jax.checkpoints import mismatch
 from cdetr_jax.checkpoints.workdir import write_json
 from cdetr_jax.files import as_path, is_remote
+from cdetr_jax.training.processes import agree
 
 Content = TypeVar("Content")
 
@@ -176,10 +177,14 @@ class Checkpoints:
         raise AssertionError("no checkpoint was asked for")
 
     def set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint, so that the run can save that step again."""
+        """Renames a damaged checkpoint, so that the run can save that step again.
+
+        Raises: ValueError on all processes, if not all of them found it damaged.
+        """
         if jax.process_index() == 0:
             damaged = self.directory / str(step)
             damaged.rename(self.directory / f"{step}.damaged")
+        agree({"the damaged checkpoint": step})  # and so the others look when it is gone
         self._manager.reload()
         self._scores.pop(step, None)
 

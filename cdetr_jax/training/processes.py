@@ -106,7 +106,8 @@ def watch_others() -> None:
 
     def watch() -> None:
         while not done.wait(_LOOK_S):
-            if failure := _value(client, _FAILED):
+            failure = _value(client, _FAILED)
+            if failure and not failure.startswith(_name()):
                 logging.error("%s; %s ends too. Run the same command again on all of them to go on", failure, _name())
                 leave(1, failure)
 
