@@ -5,8 +5,9 @@ import socket
 import jax
 import pytest
 
-from cdetr_jax.cli.main import parser
+from cdetr_jax.cli.main import parser, run
 from cdetr_jax.cli.processes import OPTIONS, join_processes
+from cdetr_jax.training import processes
 
 THREE = ["--coordinator=node1:8476", "--num-processes=4", "--process-id=3"]
 COMMANDS = {"train": ["train", "--config=c.py", "--workdir=w"], "evaluate": ["evaluate", "--weights=w"]}
@@ -75,6 +76,24 @@ def test_a_port_in_use_is_an_error(join):
         port = server.getsockname()[1]
         with pytest.raises(OSError, match=f"--coordinator localhost:{port}: port {port} of this host cannot be used"):
             join(f"--coordinator=localhost:{port}", "--num-processes=2", "--process-id=0")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "cause"),
+    [(ValueError("no such"), 1, "no such"), (KeyError("x"), 1, "KeyError: 'x'"), (KeyboardInterrupt(), 130, "Ctrl-C")],
+)
+def test_what_ends_a_command_is_told_to_the_other_processes(error, status, cause, monkeypatch):
+    left = []
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("cdetr_jax.cli.train.run", fail)
+    monkeypatch.setattr(processes, "are_several", lambda: True)
+    monkeypatch.setattr(processes, "leave", lambda *given: left.append(given))
+    with pytest.raises((SystemExit, KeyError)):
+        run(COMMANDS["train"])
+    assert left == [(status, cause, error)]
 
 
 @pytest.mark.parametrize("value", ["node1", "node1:", ":8476", "node1:0", "node1:65536", "http://node1:8476"])

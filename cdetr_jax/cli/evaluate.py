@@ -1,6 +1,7 @@
 """`cdetr evaluate`."""
 
 import argparse
+import signal
 
 from cdetr_jax.cli.processes import join_processes
 from cdetr_jax.cli.settings import change_config, read_config, set_up_logging
@@ -11,9 +12,10 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
     Raises: ValueError, if it is not known what to evaluate on.
     """
-    config = read_config(arguments.config, fields) if arguments.config else None
     set_up_logging()
-    join_processes(arguments)
+    join_processes(arguments)  # so that the others hear of what goes wrong from here on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler would wait for a step of training
+    config = read_config(arguments.config, fields) if arguments.config else None
     from cdetr_jax.training.evaluate import evaluate
     from cdetr_jax.weights.load import load_weights
 

@@ -299,6 +299,12 @@ def run(argv: list[str] | None = None) -> None:
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
+    except USERS_ERRORS as error:
+        out_of_memory = "out of memory: " if isinstance(error, MemoryError) else ""
+        message = out_of_memory + "; ".join([str(error), *getattr(error, "__notes__", [])])
+        print(f"cdetr {arguments.command}: error: {message}", file=sys.stderr)
+        _leave(1, message, error)
+        sys.exit(1)
     except KeyboardInterrupt as stopped:  # a training run says what it saved
         print(f"\n{stopped if stopped.args else 'stopped'}", file=sys.stderr)
         status = getattr(stopped, "exit_status", 130)
@@ -311,17 +317,14 @@ def run(argv: list[str] | None = None) -> None:
             os._exit(status)  # all is saved, and Python would wait until what is being compiled is done
         sys.exit(status)
     except Exception as error:
-        is_a_defect = not isinstance(error, USERS_ERRORS)
-        if is_a_defect:
-            traceback.print_exc()
-        kind = "out of memory: " if isinstance(error, MemoryError) else f"{type(error).__name__}: " * is_a_defect
-        message = kind + "; ".join([str(error), *getattr(error, "__notes__", [])])
-        print(f"cdetr {arguments.command}: error: {message}", file=sys.stderr)
-        _leave(1, message, error)
+        _leave(1, f"{type(error).__name__}: {error}", error)
+        raise
 
 
 def _leave(status: int, cause: str, error: BaseException) -> None:
-    """Ends the process; one of several, which has imported this module to join them, does not wait for the others."""
-    if processes := sys.modules.get("cdetr_jax.training.processes"):
+    """Ends a process that is one of several, without waiting for the others; it has imported this to join them."""
+    processes = sys.modules.get("cdetr_jax.training.processes")
+    if processes and processes.are_several():
+        if not isinstance(error, (*USERS_ERRORS, KeyboardInterrupt)):
+            traceback.print_exception(error)
         processes.leave(status, cause, error)
-    sys.exit(status)

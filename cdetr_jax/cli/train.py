@@ -10,16 +10,16 @@ from cdetr_jax.files import as_path, check_writable_folder
 
 def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     """Trains, and says where things are."""
+    set_up_logging()
+    join_processes(arguments)  # so that the others hear of what goes wrong from here on
     workdir = as_path(arguments.workdir)
     check_writable_folder(workdir)  # before anything is read
     config = read_config(arguments.config, fields)
-    set_up_logging()
     import jax
 
     from cdetr_jax.training.loop import train_and_evaluate
     from cdetr_jax.training.stopping import StoppedError
 
-    join_processes(arguments)
     try:
         train_and_evaluate(config, workdir)
     except StoppedError as stopped:

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax._src import distributed  # the service's keys and values have no public name
+from jax._src import distributed  # no public name; and jax.process_index() would wait until all use their devices
 
 from cdetr_jax.files import as_path, whole_file
 
@@ -53,8 +53,8 @@ def agree(facts: Mapping[str, Any]) -> None:
     if not are_several():
         return
     key, get = f"cdetr/facts/{next(_rounds)}", distributed.global_state.client.blocking_key_value_get
-    _set(f"{key}/{jax.process_index()}", json.dumps([_name(), facts]))
-    of_all = [json.loads(get(f"{key}/{i}", _WAIT_MS)) for i in range(jax.process_count())]
+    _set(f"{key}/{distributed.global_state.process_id}", json.dumps([_name(), facts]))
+    of_all = [json.loads(get(f"{key}/{i}", _WAIT_MS)) for i in range(distributed.global_state.num_processes)]
     differing = []
     for name in dict.fromkeys(itertools.chain.from_iterable(facts for _, facts in of_all)):
         values = [(_short(facts[name]) if name in facts else "nothing", process) for process, facts in of_all]
@@ -86,7 +86,7 @@ def check_shared(folder: str | os.PathLike) -> None:
     if not are_several():
         return
     path, key = as_path(folder) / ".shared", f"cdetr/shared/{next(_rounds)}"
-    if jax.process_index() == 0:
+    if distributed.global_state.process_id == 0:
         token = uuid.uuid4().hex
         with whole_file(path) as temporary:
             temporary.write_text(token)
@@ -108,7 +108,7 @@ def watch_others() -> None:
         while not done.wait(_LOOK_S):
             failure = _value(client, _FAILED)
             if failure and not failure.startswith(_name()):
-                logging.error("%s; %s ends too. Run the same command again on all of them to go on", failure, _name())
+                logging.error("%s; %s ends too", failure, _name())
                 leave(1, failure)
 
     def end() -> None:
@@ -138,9 +138,9 @@ def leave(status: int, cause: str, error: BaseException | None = None) -> None:
     """
     if not are_several():
         return
-    client, process = distributed.global_state.client, jax.process_index()
-    _flush()
+    client, process = distributed.global_state.client, distributed.global_state.process_id
     if _comes_from_others(error):
+        _flush()
         time.sleep(HEARTBEAT_S + 5)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was the first
         _set(_FAILED, f"{_name()} has failed: {cause}")
@@ -148,7 +148,7 @@ def leave(status: int, cause: str, error: BaseException | None = None) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _set(f"{_SEEN}/{process}", "yes")
         deadline = time.monotonic() + _SEEN_MS / 1000
-        for other in range(1, jax.process_count()) if process == 0 else ():
+        for other in range(1, distributed.global_state.num_processes) if process == 0 else ():
             left_ms = int((deadline - time.monotonic()) * 1000)
             client.blocking_key_value_get(f"{_SEEN}/{other}", max(1, left_ms))
     if process == 0:
@@ -165,7 +165,7 @@ def _comes_from_others(error: BaseException | None) -> bool:
 
 
 def _name() -> str:
-    return f"process {jax.process_index()} ({socket.gethostname()})"
+    return f"process {distributed.global_state.process_id} ({socket.gethostname()})"
 
 
 def _short(value: Any) -> str:

@@ -30,12 +30,10 @@ class Service(dict):
 def service(monkeypatch):
     """This process is the first of two, host a."""
     service = Service()
-    state = SimpleNamespace(client=service, num_processes=2)
+    state = SimpleNamespace(client=service, num_processes=2, process_id=0)
     monkeypatch.setattr(processes.distributed, "global_state", state)
     monkeypatch.setattr(processes, "_rounds", itertools.count())
     monkeypatch.setattr(processes.socket, "gethostname", lambda: "a")
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 0)
     return service
 
 
