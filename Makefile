@@ -1,5 +1,6 @@
 # make demo: train, evaluate and predict on drawn shapes, in minutes on two CPU cores.
 # make test: the default test suite.
+# make test-processes: tests with several real processes, minutes long.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= runs/demo
