@@ -154,6 +154,7 @@ def _devices(topology: str) -> list[jax.Device]:
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # changes nothing, but its absence is complained of
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # also while another process computes on the TPU
     }
     settings = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # both cores are one device
@@ -166,13 +167,12 @@ def _devices(topology: str) -> list[jax.Device]:
 
 
 def _raise_stack_limit() -> None:
-    """Starts this command anew where threads would get a smaller stack: its size is read at a program's start."""
+    """Starts this command anew if its threads would get smaller stacks: their size is read when a program starts."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    unlimited = resource.RLIM_INFINITY  # then a thread gets 2 MiB
-    if soft in range(_STACK, 16 * _STACK) or (hard != unlimited and hard < _STACK):
-        return
-    resource.setrlimit(resource.RLIMIT_STACK, (_STACK, hard))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    unlimited = resource.RLIM_INFINITY  # as a soft limit it gives threads 2 MiB
+    if soft == unlimited or (soft < _STACK and (hard == unlimited or hard >= _STACK)):
+        resource.setrlimit(resource.RLIMIT_STACK, (_STACK, hard))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _shapes(
@@ -207,7 +207,7 @@ def compile_all(
             print(f"compiling {program.name} for {_hxw(shape_hw)} ...", end=" ", flush=True, file=sys.stderr)
             known[key] = compile_program(program)
             print(f"{known[key].seconds:.1f} s" if known[key] else "too large for the chip", file=sys.stderr)
-        compiled[program.name] = known[key]
+        compiled.setdefault(program.name, known[key])  # of the two that add, that of gradients
     return compiled
 
 
