@@ -39,7 +39,7 @@ test-tpu:
 	$(PYTHON) -m venv $(VENV)-tpu
 	$(VENV)-tpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[test]' 'jax[tpu]'
-	$(VENV)-tpu/bin/python -m pytest -m tpu_compile
+	$(VENV)-tpu/bin/python -m pytest -m tpu_compile tests/test_cli_benchmark_compile.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

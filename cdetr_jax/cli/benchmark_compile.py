@@ -32,13 +32,15 @@ GIB, MIB = 2**30, 2**20
 
 NOTES = """
 All of one chip. GB moved is XLA's count for all operations of a program, also of what stays in the chip's inner memory;
-a loop's body counts once. Residuals go from forward to backward. The peak is an estimate: the state; the program that
-needs most besides, with its arguments, outputs and temporaries; the code of all programs above; with accumulation also
-the residuals and gradients of another micro-batch. What the runtime takes itself is not in it, nor are pictures on
-their way. The largest batch is one too: residuals, temporaries and pictures are taken as proportional to the pictures;
---batch compiles it. A step, or an evaluation batch, takes longer than its bound: the time of the FLOPs at the chip's
-published peak, or of arguments and outputs once to or from its memory. With traffic it is all GB moved to or from
-memory. The all-reduce, the matching on the host and the reading of pictures come on top of either."""
+a loop's body counts once. Residuals go from forward to backward, with the predictions.
+The peak is an estimate: the state; arguments, outputs and temporaries of the program that needs most besides; the code
+of all programs above; with accumulation also the residuals and gradients of another micro-batch. What the runtime takes
+itself is not in it, nor are pictures on their way. The largest batch is one too: all that is not state, gradients or
+code is taken as proportional to the pictures, which gives too many where a small batch's temporaries stay in the inner
+memory. --batch compiles it.
+A step, or an evaluation batch, takes longer than its bound, which is the time of each program's FLOPs at the chip's
+published peak, or of its arguments and outputs once to or from memory at the published rate. With traffic, it is all GB
+moved to or from memory. The all-reduce, the matching on the host and the reading of pictures come on top of either."""
 
 
 class Chip(NamedTuple):
@@ -48,7 +50,7 @@ class Chip(NamedTuple):
       memory_gib: what libtpu 0.0.42 lets a program use of it, from its message about one that does not fit.
       gb_per_s, tflop_per_s: peak rates of memory and, in bfloat16, of the matrix units, as published in
         https://docs.cloud.google.com/tpu/docs/ v3, v4, v5e, v5p, v6e and tpu7x. A product of float32 arrays is one of
-        bfloat16 by default (jax_default_matmul_precision) and counts as such.
+        bfloat16 as long as model.matmul_precision is not higher (6 of them with `highest`): it counts as one.
     """
 
     memory_gib: float
@@ -109,7 +111,8 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     check_config(config)
     devices = _devices(arguments.topology)
     jax.config.update("jax_enable_compilation_cache", False)  # the times of compilations are asked for
-    parts, batch, processes = config.train.accumulation_steps, config.train.batch_size, _process_count(devices)
+    parts, batch = config.train.accumulation_steps, config.train.batch_size
+    processes = len({device.process_index for device in devices})
     if arguments.batch is None:
         devices = devices[: processes * count_train_devices(batch, parts, len(devices) // processes, processes)]
     train_batch = arguments.batch or batch // parts // len(devices)
@@ -133,10 +136,6 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         f"jax {jax.__version__}\n\n{programs_table(shapes)}\n\n{shapes_table(shapes, state, parts, devices[0])}"
     )
     print(NOTES)
-
-
-def _process_count(devices: Sequence[jax.Device]) -> int:
-    return len({device.process_index for device in devices})
 
 
 def _devices(topology: str) -> list[jax.Device]:
@@ -266,7 +265,7 @@ def shapes_table(shapes: Sequence[Shape], state: TrainState, accumulation_steps:
     """One row for each padded shape: whether it fits, and how fast it can be at best. `state`: see `train_programs`."""
     header = "shape|for|pictures|residuals, GiB|peak, GiB|fits|spare, GiB|largest batch|bound, ms|with traffic, ms"
     chip = CHIPS.get(device.device_kind)
-    stats = None if chip else device.memory_stats()  # of a GPU
+    stats = None if device.platform == "tpu" else device.memory_stats()  # a GPU's own
     available = chip.memory_gib * GIB if chip else (stats or {}).get("bytes_limit")
     code = sum({id(c): c.code for shape in shapes for c in shape.programs.values() if c}.values())
     rows = []
