@@ -12,8 +12,9 @@ from jax.experimental import topologies
 
 from cdetr_jax import build
 from cdetr_jax.cli import benchmark_compile, main
-from cdetr_jax.cli.benchmark_compile import Chip, Compiled
+from cdetr_jax.cli.benchmark_compile import Chip, Compiled, Shape
 from cdetr_jax.structs import Predictions
+from cdetr_jax.training.parallel import Program
 
 COMMAND = ["benchmark", "compile", "--config=configs/demo.py"]
 HIDDEN = 7
@@ -36,8 +37,8 @@ class StandIn(nn.Module):
 def tables(out):
     """Rows of each table by their first two columns, each a dict by the header."""
     found = []
-    for block in re.findall(r"(?:^\|.*\n)+", out, re.MULTILINE):
-        header, _, *rows = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in block.splitlines()]
+    for block in re.findall(r"(?:^\|.*\n?)+", out, re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
         assert all(len(row) == len(header) for row in rows), "a table that is not one"
         found.append({tuple(row[:2]): dict(zip(header, row, strict=True)) for row in rows})
     return found
@@ -102,6 +103,25 @@ def test_what_a_step_takes_at_least():
     }
     assert benchmark_compile.step_seconds(programs, 1, chip) == pytest.approx((2, 3))
     assert benchmark_compile.step_seconds(programs, 3, chip) == pytest.approx((4, 7))
+
+
+def test_what_does_not_fit():
+    class TooLarge:
+        def lower(self):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+
+    compiled = benchmark_compile.compile_program(Program("forward", TooLarge(), ()))
+    shape = Shape((32, 40), 4, {"forward": compiled, "backward": program(arguments=2**20)})
+    (programs,) = tables(benchmark_compile.programs_table([shape]))
+    (shapes,) = tables(
+        benchmark_compile.shapes_table([shape], state=None, accumulation_steps=1, device=jax.devices()[0])
+    )
+    assert programs["forward", "32x40"]["compiled, s"] == "too large"
+    assert programs["backward", "32x40"]["arguments, MiB"] == "1.0"
+    assert shapes["32x40", "training"]["fits"] == "no"
 
 
 def test_without_libtpu(capsys, monkeypatch):

@@ -252,7 +252,9 @@ def programs_table(shapes: Sequence[Shape]) -> str:
         for name, compiled in programs.items():
             shape = _hxw(shape_hw) if name in ("forward", "backward", "detect") else "all"
             row = [name, shape, str(batch)]
-            if compiled:
+            if compiled is None:
+                row += ["too large"]
+            else:
                 sizes = [compiled.arguments, compiled.outputs, compiled.temporaries, compiled.code]
                 row += [f"{compiled.seconds:.1f}", *[f"{size / MIB:.1f}" for size in sizes]]
                 row += [f"{compiled.flops / 1e9:.1f}", f"{compiled.moved / 1e9:.2f}"]
