@@ -14,7 +14,6 @@ from cdetr_jax import build
 from cdetr_jax.cli import benchmark_compile, main
 from cdetr_jax.cli.benchmark_compile import Chip, Compiled, Shape
 from cdetr_jax.structs import Predictions
-from cdetr_jax.training.parallel import Program
 
 COMMAND = ["benchmark", "compile", "--config=configs/demo.py"]
 HIDDEN = 7
@@ -107,13 +106,13 @@ def test_what_a_step_takes_at_least():
 
 def test_what_does_not_fit():
     class TooLarge:
-        def lower(self):
-            return self
+        lowered = None
 
-        def compile(self):
+        @property
+        def compiled(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
 
-    compiled = benchmark_compile.compile_program(Program("forward", TooLarge(), ()))
+    compiled = benchmark_compile.compile_program(TooLarge())
     shape = Shape((32, 40), 4, {"forward": compiled, "backward": program(arguments=2**20)})
     (programs,) = tables(benchmark_compile.programs_table([shape]))
     (shapes,) = tables(

@@ -68,7 +68,7 @@ CHIPS = {
 }
 TOPOLOGIES = "v3:2x2, v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1, and more chips, such as v5e:4x4"
 
-_STACK = 64 * MIB  # libtpu's threads overflow the usual 8 MiB on some bfloat16 programs
+_STACK = GIB  # of address space; on some bfloat16 programs libtpu's recursion overflows 64 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         programs = trainer.train_programs(state, train_batch, shape_hw, arguments.targets, parts > 1)
         shapes.append(Shape(shape_hw, train_batch, compile_all(programs, shape_hw, known)))
     for shape_hw in eval_shapes:
-        programs = [trainer.detect_program(state, eval_batch, shape_hw, arguments.targets)]
+        programs = [trainer.detect_program(state.eval_variables, eval_batch, shape_hw, arguments.targets)]
         shapes.append(Shape(shape_hw, eval_batch, compile_all(programs, shape_hw, known)))
 
     print(
@@ -169,8 +169,9 @@ def _raise_stack_limit() -> None:
     """Starts this command anew if its threads would get smaller stacks: their size is read when a program starts."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     unlimited = resource.RLIM_INFINITY  # as a soft limit it gives threads 2 MiB
-    if soft == unlimited or (soft < _STACK and (hard == unlimited or hard >= _STACK)):
-        resource.setrlimit(resource.RLIMIT_STACK, (_STACK, hard))
+    wanted = _STACK if hard == unlimited else min(_STACK, hard)
+    if soft == unlimited or soft < wanted:
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -197,7 +198,7 @@ def _shapes(
 def compile_all(
     programs: Iterable[Program], shape_hw: tuple[int, int], known: dict[Any, Compiled | None]
 ) -> dict[str, Compiled | None]:
-    """Compiles what is not `known` yet, with a line of progress each."""
+    """Compiles what is not `known` yet, with a line of progress each, up to the first that is too large."""
     compiled = {}
     for program in programs:
         arguments = [(x.shape, x.dtype) for x in jax.tree.leaves(program.arguments)]
@@ -207,15 +208,17 @@ def compile_all(
             known[key] = compile_program(program)
             print(f"{known[key].seconds:.1f} s" if known[key] else "too large for the chip", file=sys.stderr)
         compiled.setdefault(program.name, known[key])  # of the two that add, that of gradients
+        if known[key] is None:
+            break
     return compiled
 
 
 def compile_program(program: Program) -> Compiled | None:
     """None, if the compiler says that the program is too large for the device's memory."""
-    lowered = program.function.lower(*program.arguments)
+    program.lowered  # noqa: B018  traced before the clock starts
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = program.compiled
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -290,12 +293,12 @@ def shapes_table(shapes: Sequence[Shape], state: TrainState, accumulation_steps:
 
 def memory_needs(programs: dict[str, Compiled], state: TrainState, accumulation_steps: int) -> list[tuple[int, int]]:
     """Bytes of one chip while each program runs, without code: those that stay, and those that grow with the batch."""
-    whole = _bytes_each(state)
+    whole = _bytes(state)
     if "detect" in programs:
         detect = programs["detect"]
-        return [(whole, detect.arguments - _bytes_each(state.eval_variables) + detect.outputs + detect.temporaries)]
+        return [(whole, detect.arguments - _bytes(state.eval_variables) + detect.outputs + detect.temporaries)]
     forward, backward, apply = (programs[name] for name in ("forward", "backward", "apply"))
-    network, grads = _bytes_each(state.network), backward.outputs
+    network, grads = _bytes(state.network), backward.outputs
     pictures = forward.arguments - network
     # The next micro-batch's forward is queued before this one's backward, whose gradients are added to the sum.
     more = accumulation_steps > 1
@@ -322,9 +325,9 @@ def step_seconds(programs: dict[str, Compiled], accumulation_steps: int, chip: C
     return bound, traffic
 
 
-def _bytes_each(tree: Any) -> int:
-    """Of one device's part of a tree with an axis of devices."""
-    return sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _bytes(tree: Any) -> int:
+    """Of what every device has alike."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _hxw(shape_hw: tuple[int, int]) -> str:
