@@ -135,7 +135,6 @@ def test_unknown_topology(capsys, monkeypatch, stand_in):
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU v9")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(benchmark_compile, "_raise_stack_limit", lambda: None)
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
     monkeypatch.setattr(benchmark_compile.os, "environ", {})
     with pytest.raises(SystemExit):

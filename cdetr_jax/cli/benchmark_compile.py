@@ -11,7 +11,6 @@ import importlib.util
 import math
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -36,8 +35,8 @@ a loop's body counts once. Residuals go from forward to backward, with the predi
 The peak is an estimate: the state; arguments, outputs and temporaries of the program that needs most besides; the code
 of all programs above; with accumulation also the residuals and gradients of another micro-batch. What the runtime takes
 itself is not in it, nor are pictures on their way. The largest batch is one too: all that is not state, gradients or
-code is taken as proportional to the pictures, which gives too many where a small batch's temporaries stay in the inner
-memory. --batch compiles it.
+code is taken as proportional to the pictures (?: a program's temporaries all stay in the inner memory). --batch
+compiles it.
 A step, or an evaluation batch, takes longer than its bound, which is the time of each program's FLOPs at the chip's
 published peak, or of its arguments and outputs once to or from memory at the published rate. With traffic, it is all GB
 moved to or from memory. The all-reduce, the matching on the host and the reading of pictures come on top of either."""
@@ -68,7 +67,8 @@ CHIPS = {
 }
 TOPOLOGIES = "v3:2x2, v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1, and more chips, such as v5e:4x4"
 
-_STACK = GIB  # of address space; on some bfloat16 programs libtpu's recursion overflows 64 MiB
+# Its recursion overflows the stacks of 1 and 2 MB that libtpu gives its threads by default.
+_STACKS = ("default_thread_stack_size", "fibers_default_thread_stack_size", "xla_internal_thread_stack_size_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +148,10 @@ def _devices(topology: str) -> list[jax.Device]:
             f"--topology={topology} needs libtpu, which compiles for TPUs on any Linux machine: "
             f"pip install '{(wanted or ['libtpu'])[0]}'"
         )
-    _raise_stack_limit()
     jax.config.update("jax_platforms", "cpu")
+    stacks = [f"--{name}={128 * MIB}" for name in _STACKS]
     os.environ |= {
+        "LIBTPU_INIT_ARGS": " ".join([*stacks, os.environ.get("LIBTPU_INIT_ARGS", "")]),
         "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # changes nothing, but its absence is complained of
@@ -163,16 +164,6 @@ def _devices(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(topology, "tpu", **settings).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"unknown --topology={topology}: {error}; expected one such as {TOPOLOGIES}") from None
-
-
-def _raise_stack_limit() -> None:
-    """Starts this command anew if its threads would get smaller stacks: their size is read when a program starts."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    unlimited = resource.RLIM_INFINITY  # as a soft limit it gives threads 2 MiB
-    wanted = _STACK if hard == unlimited else min(_STACK, hard)
-    if soft == unlimited or soft < wanted:
-        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _shapes(
@@ -284,7 +275,10 @@ def shapes_table(shapes: Sequence[Shape], state: TrainState, accumulation_steps:
         row += [f"{programs['forward'].outputs / GIB:.2f}" if "forward" in programs else "", f"{peak / GIB:.2f}"]
         if available:
             largest = min(int((available - code - fixed) / (growing / batch)) for fixed, growing in needs if growing)
-            row += ["yes" if peak <= available else "no", f"{(available - peak) / GIB:.2f}", f"~{max(largest, 0)}"]
+            # Temporaries that all are in the inner memory say nothing of those of a large batch.
+            known = all(programs[name].temporaries for name in ("forward", "backward", "detect") if name in programs)
+            row += ["yes" if peak <= available else "no", f"{(available - peak) / GIB:.2f}"]
+            row += [f"~{max(largest, 0)}" if known else "?"]
         if chip:
             row += [f"{1000 * seconds:.1f}" for seconds in step_seconds(programs, accumulation_steps, chip)]
         rows.append(row)
