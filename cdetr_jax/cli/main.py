@@ -210,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
         "  cdetr benchmark --config=configs/conditional_detr_r50.py --size=480x640\n"
         "  cdetr benchmark input --config=configs/conditional_detr_r50.py --step\n"
         "  cdetr benchmark compile --config=configs/conditional_detr_r50.py \\\n"
-        "      --topology=v5e:4x4 --shapes=800x1344 --config.model.compute_dtype=bfloat16",
+        "      --topology=v5e:4x4 --shapes=800x1344",
     )
     benchmark.add_argument("what", nargs="?", choices=("step", "input", "compile"), default="step", help="see below")
     benchmark.add_argument(
