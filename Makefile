@@ -1,13 +1,14 @@
 # make demo: train, evaluate and predict on drawn shapes, in minutes on two CPU cores.
 # make test: the default test suite.
 # make test-processes: tests with several real processes, minutes long.
+# make test-tpu: compiles the demo for a TPU, without one, in an environment of its own (libtpu: 0.7 GB).
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow test-processes lint clean
+.PHONY: demo test test-slow test-processes test-tpu lint clean
 
 # The environment is made anew when what it is made from has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,9 +39,15 @@ test-slow: $(VENV)/.installed-test
 test-processes: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m processes
 
+test-tpu:
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[test]' 'jax[tpu]'
+	$(VENV)-tpu/bin/python -m pytest -m tpu_compile tests/test_cli_benchmark_compile.py
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-tpu runs

@@ -58,3 +58,8 @@ def height_x_width(text: str) -> tuple[int, int]:
             f"{text!r}, expected height x width in pixels, 32 to 16384 each, such as 480x640"
         )
     return int(sides[1]), int(sides[2])
+
+
+def several_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """Sizes with commas between them."""
+    return tuple(map(height_x_width, text.split(",")))

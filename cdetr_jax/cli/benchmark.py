@@ -1,4 +1,4 @@
-"""`cdetr benchmark`: where the time of a train step goes, on made-up pictures; `cdetr benchmark input`: of reading."""
+"""`cdetr benchmark`: where the time of a train step goes, on made-up pictures; `input` and `compile`: see beside."""
 
 import argparse
 import resource
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from cdetr_jax import build
-from cdetr_jax.cli import benchmark_input
+from cdetr_jax.cli import benchmark_compile, benchmark_input
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.config_check import check_config, count_train_devices
 from cdetr_jax.device_memory import must_fit
@@ -55,15 +55,16 @@ class _Clock:
 
 
 def run(arguments: argparse.Namespace, fields: list[str]) -> None:
-    """Prints compile time, the time of each part, images per second and memory; or what `benchmark_input` does.
+    """Prints compile time, the time of each part, images per second and memory; or what the other two do.
 
     Raises: ValueError, if the config is wrong, or the batch does not divide among the devices.
     """
-    if arguments.what == "input":
-        benchmark_input.run(arguments, fields)
+    if arguments.what != "step":
+        {"input": benchmark_input, "compile": benchmark_compile}[arguments.what].run(arguments, fields)
         return
     config = read_config(arguments.config, fields)
     check_config(config)
+    arguments.batch = arguments.batch or 2
     device_count = count_train_devices(arguments.batch, 1, jax.local_device_count(), name="--batch")
     height, width = arguments.size
     num_classes = config.model.num_classes or 91

@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterable
 
-from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, whole
+from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, several_sizes, whole
 from cdetr_jax.cli.processes import add_processes
 
 # Epilogues are printed as they are: at most 79 characters a line.
@@ -205,21 +205,32 @@ def parser() -> argparse.ArgumentParser:
 
     benchmark = add(
         "benchmark",
-        "time a train step and the inference, or the reading of pictures",
-        "  step   (default) the parts of a train step and the inference, on made-up\n"
-        "         pictures of one size\n"
-        "  input  reading the training pictures: images a second and a core, share of\n"
-        "         real pixels, and the time of each stage; with --step against what a\n"
-        "         train step on this machine eats, with --plain against a\n"
-        "         straightforward loader, in turns\n\n" + CONFIG_HELP + "\n\nexamples:\n"
+        "time a train step and the inference, or the reading of pictures, or compile",
+        "  step     (default) the parts of a train step and the inference, on made-up\n"
+        "           pictures of one size\n"
+        "  input    reading the training pictures: images a second and a core, share of\n"
+        "           real pixels, and the time of each stage; with --step against what a\n"
+        "           train step on this machine eats, with --plain against a\n"
+        "           straightforward loader, in turns\n"
+        "  compile  for every padded shape what the recipe's programs take on a chip:\n"
+        "           memory, FLOPs, traffic, whether it fits and how fast it can be at\n"
+        "           best. Needs no chip: with --topology a TPU's programs are compiled\n"
+        "           on any Linux machine that has libtpu, in minutes each\n\n" + CONFIG_HELP + "\n\nexamples:\n"
         "  cdetr benchmark --config=configs/conditional_detr_r50.py --size=480x640\n"
-        "  cdetr benchmark input --config=configs/conditional_detr_r50.py --step",
+        "  cdetr benchmark input --config=configs/conditional_detr_r50.py --step\n"
+        "  cdetr benchmark compile --config=configs/conditional_detr_r50.py \\\n"
+        "      --topology=v5e:4x4 --shapes=800x1344",
     )
-    benchmark.add_argument("what", nargs="?", choices=("step", "input"), default="step", help="see below")
+    benchmark.add_argument("what", nargs="?", choices=("step", "input", "compile"), default="step", help="see below")
     benchmark.add_argument(
         "--config", required=True, type=name, metavar="FILE", help="recipe whose model, or data, is timed"
     )
-    benchmark.add_argument("--batch", type=whole(1), default=2, metavar="N", help="pictures a step (default: 2)")
+    benchmark.add_argument(
+        "--batch",
+        type=whole(1),
+        metavar="N",
+        help="pictures a step (default: 2); compile: pictures a chip (default: the recipe's)",
+    )
     benchmark.add_argument(
         "--size", type=height_x_width, default="480x640", metavar="HxW", help="in pixels (default: 480x640)"
     )
@@ -237,6 +248,20 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--step", action="store_true", help="input: also time train steps at the mean area")
     benchmark.add_argument(
         "--plain", action="store_true", help="input: also time a straightforward loader of one process and thread"
+    )
+    benchmark.add_argument(
+        "--topology",
+        type=name,
+        default="local",
+        metavar="NAME",
+        help="compile: TPU chips, such as v5e:4x4, v4:2x2x1 or v6e:1x1 (default: this machine's devices)",
+    )
+    benchmark.add_argument(
+        "--shapes",
+        type=several_sizes,
+        default=(),
+        metavar="HxW,...",
+        help="compile: these padded shapes only, in pixels (default: all of the recipe's)",
     )
     return main
 

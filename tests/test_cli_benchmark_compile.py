@@ -1,0 +1,162 @@
+"""`cdetr benchmark compile`, on this machine's devices with a stand-in for the detector, and once for a real TPU."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import pytest
+from jax.experimental import topologies
+
+from cdetr_jax import build
+from cdetr_jax.cli import benchmark_compile, main
+from cdetr_jax.cli.benchmark_compile import Chip, Compiled, Shape
+from cdetr_jax.structs import Predictions
+
+COMMAND = ["benchmark", "compile", "--config=configs/demo.py"]
+HIDDEN = 7
+PARAMETERS = 3 * HIDDEN + HIDDEN + HIDDEN * 2 * 5 * 7 + 2 * 5 * 7  # of the stand-in
+
+
+class StandIn(nn.Module):
+    """2 layers, 5 queries, 3 classes."""
+
+    num_queries: int = 5
+    class_loss: str = "focal"
+
+    @nn.compact
+    def __call__(self, images, sizes_hw, train=False):
+        x = nn.tanh(nn.Dense(HIDDEN, name="backbone")(images.mean((1, 2)) / 255.0))
+        x = nn.Dense(2 * 5 * 7, name="heads")(x).reshape(-1, 2, 5, 7).swapaxes(0, 1)
+        return Predictions(logits=x[..., :3], boxes_cxcywh=nn.sigmoid(x[..., 3:]))
+
+
+def tables(out):
+    """Rows of each table by their first two columns, each a dict by the header."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n?)+", out, re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        assert all(len(row) == len(header) for row in rows), "a table that is not one"
+        found.append({tuple(row[:2]): dict(zip(header, row, strict=True)) for row in rows})
+    return found
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr(build, "make_model", lambda *_: StandIn())
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the other tests go on sharing compilations
+
+
+def test_tables_and_what_is_in_them(capsys, monkeypatch, stand_in):
+    seen, programs_table = [], benchmark_compile.programs_table
+    monkeypatch.setattr(
+        benchmark_compile, "programs_table", lambda shapes: seen.extend(shapes) or programs_table(shapes)
+    )
+    monkeypatch.setitem(benchmark_compile.CHIPS, "cpu", Chip(memory_gib=0.001, gb_per_s=1, tflop_per_s=1))
+    main.run([*COMMAND, "--config.data.train_shapes=((32,40),(40,32))", "--config.train.accumulation_steps=2"])
+    out = capsys.readouterr().out
+    programs, shapes = tables(out)
+    for_all = ("cost", "loss", "add", "apply")
+    assert set(programs) == {
+        *[(name, shape) for name in ("forward", "backward") for shape in ("32x40", "40x32")],
+        *[(name, "all") for name in for_all],
+        ("detect", "96x96"),
+    }
+    pictures = {name: row["pictures"] for (name, _), row in programs.items()}
+    assert (pictures["forward"], pictures["detect"]) == ("4", "10")  # 16 in 2 micro-batches, and 20, on 2 devices
+    assert set(shapes) == {("32x40", "training"), ("40x32", "training"), ("96x96", "evaluation")}
+    row = shapes["32x40", "training"]
+    assert row["fits"] == "yes"
+    assert float(row["bound, ms"]) <= float(row["with traffic, ms"])
+    assert int(row["largest batch"].removeprefix("~")) >= 4
+
+    compiled = seen[0].programs
+    assert compiled["apply"].all_reduced == 4 * PARAMETERS
+    assert compiled["forward"].arguments == 4 * PARAMETERS + 4 * 32 * 40 * 3  # what a program does not read is left out
+    assert compiled["backward"].outputs == 4 * PARAMETERS + 4 * 8  # with a pointer to each of its 4 arrays
+    assert compiled["add"].arguments == 2 * 4 * PARAMETERS
+    assert 3 * 4 * PARAMETERS < compiled["apply"].aliased < compiled["apply"].arguments  # parameters and both moments
+
+
+def test_all_reduced_bytes():
+    text = """
+      %a = (f32[3,5]{1,0:T(8,128)S(1)}, bf16[7]{0}, /*index=2*/f32[]) all-reduce(%x, %y, %z), channel_id=1
+      %b = s32[2]{0} all-reduce-start(%w), channel_id=2
+      %c = f32[9] get-tuple-element(%a), index=0, metadata={op_name="all-reduce"}
+    """
+    assert benchmark_compile.all_reduced_bytes(text) == 4 * 15 + 2 * 7 + 4 + 4 * 2
+
+
+def program(**sizes):
+    nothing = dict.fromkeys(("seconds", "arguments", "outputs", "aliased", "temporaries", "code", "all_reduced"), 0)
+    return Compiled(**nothing | {"flops": 0.0, "moved": 0.0} | sizes)
+
+
+def test_what_a_step_takes_at_least():
+    chip = Chip(memory_gib=1, gb_per_s=2, tflop_per_s=3)
+    programs = {
+        "forward": program(flops=3e12, arguments=2 * 10**8, moved=4e9),  # 1 s of FLOPs, 0.1 of arguments, 2 of traffic
+        "apply": program(arguments=10**9, outputs=10**9, moved=2e9),  # 1 s of arguments and outputs
+    }
+    assert benchmark_compile.step_seconds(programs, 1, chip) == pytest.approx((2, 3))
+    assert benchmark_compile.step_seconds(programs, 3, chip) == pytest.approx((4, 7))
+
+
+def test_what_does_not_fit():
+    class TooLarge:
+        lowered = None
+
+        @property
+        def compiled(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
+
+    compiled = benchmark_compile.compile_program(TooLarge())
+    shape = Shape((32, 40), 4, {"forward": compiled, "backward": program(arguments=2**20)})
+    (programs,) = tables(benchmark_compile.programs_table([shape]))
+    (shapes,) = tables(
+        benchmark_compile.shapes_table([shape], state=None, accumulation_steps=1, device=jax.devices()[0])
+    )
+    assert programs["forward", "32x40"]["compiled, s"] == "too large"
+    assert programs["backward", "32x40"]["arguments, MiB"] == "1.0"
+    assert shapes["32x40", "training"]["fits"] == "no"
+
+
+def test_without_libtpu(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main.run([*COMMAND, "--topology=v5e:2x2"])
+    assert re.search(r"needs libtpu.*pip install 'libtpu[=~<>]", capsys.readouterr().err)
+
+
+def test_unknown_topology(capsys, monkeypatch, stand_in):
+    def refuse(*_, **__):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU v9")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(benchmark_compile.os, "environ", {})
+    with pytest.raises(SystemExit):
+        main.run([*COMMAND, "--topology=v9:2x2"])
+    assert re.search("unknown --topology=v9:2x2: .*TPU v9; expected one such as .*v5e:2x2", capsys.readouterr().err)
+
+
+def test_without_pictures_it_says_how_to_name_shapes(capsys, stand_in):
+    with pytest.raises(SystemExit):
+        main.run(["benchmark", "compile", "--config=configs/conditional_detr_r50.py"])
+    assert "--shapes=800x1344" in capsys.readouterr().err
+
+
+@pytest.mark.tpu_compile
+def test_the_demo_on_a_tpu():
+    pytest.importorskip("libtpu", reason="needs libtpu: make test-tpu")
+    arguments = [*COMMAND, "--topology=v5e:2x2", "--batch=2", "--shapes=96x96", "--config.model.compute_dtype=bfloat16"]
+    command = [sys.executable, "-m", "cdetr_jax", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    programs, shapes = tables(done.stdout)
+    assert {name for name, _ in programs} == {"forward", "cost", "loss", "backward", "apply", "detect"}
+    assert programs["apply", "all"]["all-reduced, MiB"] == "5.7"  # all of its parameters
+    assert [row["fits"] for row in shapes.values()] == ["yes", "yes"]
+    assert 0 < float(shapes["96x96", "training"]["bound, ms"]) < 10
