@@ -348,7 +348,7 @@ def test_how_far_float32_gradients_are_from_the_truth(case, three_steps):
     truth, match = three_steps.gradients, three_steps.match
     with jax.enable_x64(False):
         trainer, state = start(case, jax.tree.map(np.float32, case.variables))
-        grads, *_ = gradients(trainer, trainer.replicate(state), trainer.put(case.batch), match)
+        grads, *_ = gradients(trainer, trainer.replicate(state.network), trainer.put(case.batch), match)
         grads = of_the_device(grads)
     ours, exact = (
         np.concatenate([leaf.ravel().astype(np.float64) for leaf in jax.tree.leaves(tree)]) for tree in (grads, truth)

@@ -1,4 +1,4 @@
-"""Whole runs on pictures of 32 x 32 pixels: train, stop, go on, be killed, evaluate, predict, and what they refuse.
+"""Whole runs on small pictures: train, stop, go on, be killed, evaluate, predict, and what they refuse.
 
 To keep this short the backbone has one block a stage, and runs of one model share what they compile; only the run that
 is killed is a process of its own.
@@ -17,6 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import tiny_run
 from PIL import Image
 
 import cdetr_jax
@@ -34,34 +35,17 @@ from cdetr_jax.weights.load import load_initial, load_weights
 from configs import demo
 
 STEPS_PER_EPOCH, STEPS = 2, 6
-ONE_BLOCK_A_STAGE = (1, 1, 1, 1)
 CLOCK = ("images_per_second", "data_percent", "match_percent")
 
 
 def make_config(**groups):
-    """Dropout, accumulation and the moving average are on; each step is logged and saved; no evaluation."""
+    """Each step is logged and saved; no evaluation."""
     config = demo.get_config()
-    groups = {"model": {}, "data": {}, "synthetic": {}, "optimizer": {}, "train": {}, "eval": {}} | groups
-    synthetic = {"train_pictures": 8, "eval_pictures": 3, "height": 32, "width": 32, "max_objects": 4}
-    config.model.update(
-        {"backbone_width": 8, "width": 16, "num_heads": 2, "ffn_width": 16, "num_queries": 7, "dropout": 0.1}
-        | {"dc5": False}
-        | groups["model"]
-    )
-    config.data.update(
-        {"train_shapes": ((32, 32),), "eval_shapes": ((32, 32),), "short_sides_px": (32,), "long_side_max_px": 32}
-        | {"eval_short_side_px": 32, "max_targets": 4, "synthetic": synthetic | groups["synthetic"]}
-        | groups["data"]
-    )
-    config.optimizer.update(
-        {"lr": 1e-3, "backbone_lr": 5e-4, "ema_decay": 0.9, "warmup_steps": 4} | groups["optimizer"]
-    )
-    config.train.update(
-        {"batch_size": 4, "accumulation_steps": 2, "num_epochs": STEPS // STEPS_PER_EPOCH, "log_every_steps": 1}
-        | {"checkpoint_every_steps": 1, "keep_checkpoints": STEPS}
-        | groups["train"]
-    )
-    config.eval.update({"batch_size": 2, "every_epochs": 0} | groups["eval"])
+    pictures = {"data.synthetic.eval_pictures": 3, "data.synthetic.width": 32, "data.synthetic.max_objects": 4}
+    saved = {"train.checkpoint_every_steps": 1, "train.keep_checkpoints": STEPS, "eval.every_epochs": 0}
+    epochs = {"train.num_epochs": STEPS // STEPS_PER_EPOCH}
+    changes = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+    config.update_from_flattened_dict(tiny_run.FIELDS | pictures | saved | epochs | changes)
     return config
 
 
@@ -88,7 +72,7 @@ def compiled_once():
         return states[id(self)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.STAGE_SIZES, "resnet18", ONE_BLOCK_A_STAGE)
+        patch.setitem(resnet.STAGE_SIZES, "resnet18", tiny_run.ONE_BLOCK_A_STAGE)
         patch.setattr(build, "make_step_functions", shared_functions)
         patch.setattr(StepFunctions, "init", shared_init)
         patch.setattr(StepFunctions, "__hash__", object.__hash__)
@@ -278,7 +262,7 @@ loop.train_and_evaluate(config, first)
 def test_killed_runs_go_on_to_the_same_bits(undisturbed, tmp_path):
     """One after its first checkpoint was written, the other, begun inside it, while its last but one is written."""
     config, first, second = make_config(), tmp_path / "first", tmp_path / "second"
-    arguments = [config.to_dict(), ONE_BLOCK_A_STAGE, str(first), str(second), STEPS - 1]
+    arguments = [config.to_dict(), tiny_run.ONE_BLOCK_A_STAGE, str(first), str(second), STEPS - 1]
     run = subprocess.run(
         [sys.executable, "-c", KILLED, *map(json.dumps, arguments)],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -455,13 +439,13 @@ def test_two_runs_in_one_workdir_are_refused(tmp_path):
 def test_other_steps_an_epoch_are_refused(undisturbed, tmp_path):
     workdir = copy_run(undisturbed, tmp_path / "w", without=["config.json"])
     with pytest.raises(ValueError, match=r"has 2 steps an epoch, but .* now give 3; use the same data"):
-        loop.train_and_evaluate(make_config(synthetic={"train_pictures": 12}), workdir)
+        loop.train_and_evaluate(make_config(data={"synthetic.train_pictures": 12}), workdir)
 
 
 def test_other_shapes_are_refused_with_their_names(undisturbed, tmp_path):
     workdir = copy_run(undisturbed, tmp_path / "w", without=["config.json"])
     config = make_config(model={"num_queries": 5, "encoder_layers": 2, "decoder_layers": 1})
-    with pytest.raises(ValueError, match=rf"checkpoint {STEPS} in .* does not fit the config's model and optimizer") as error:
+    with pytest.raises(ValueError, match=rf"checkpoint {STEPS} in .* does not fit the config's model and opt") as error:
         loop.train_and_evaluate(config, workdir)
     missing, rest = str(error.value).split("missing ")[1].split("; unused ")
     unused, misshapen = rest.split("; mis-shaped ")
@@ -474,15 +458,15 @@ def test_no_pictures_for_one_batch(tmp_path):
     with pytest.raises(
         ValueError, match=r"3 pictures do not fill one batch of 4; use a smaller config\.train\.batch_size"
     ):
-        loop.train_and_evaluate(make_config(synthetic={"train_pictures": 3}), tmp_path)
+        loop.train_and_evaluate(make_config(data={"synthetic.train_pictures": 3}), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("last_step", "every", "log", "message"),
     [
         (2, 1, 1, "step 2: a parameter is not finite"),
-        (1, 100, 1, "step 2: the matching cost of decoder layer 0 is not finite in row . of the batch, picture synth"),
-        (1, 100, 100, "step 2: the matching cost of decoder layer 0 is not finite in row . of the batch, picture synth"),
+        (1, 100, 1, "step 2: the matching cost of decoder layer 0 is not finite in row . of the batch, picture"),
+        (1, 100, 100, "step 2: the matching cost of decoder layer 0 is not finite in row . of the batch, picture"),
     ],
 )
 def test_parameters_that_are_not_finite_end_the_run_unsaved(
@@ -611,16 +595,18 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path):
     workdir = undisturbed[1]
     classes = tuple(Category(i, f"thing {i}") for i in range(7))
     state = start._start_from(load_initial(str(workdir)), empty_state(make_config(), 7), classes, tmp_path)
-    expected = load_weights(workdir).variables["params"]
+    variables = load_weights(workdir).variables
+    expected = variables["params"]
     head, _ = state.params["class_embed"], expected.pop("class_embed")
     jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in state.params.items() if k in expected}, expected)
+    jax.tree.map(np.testing.assert_array_equal, state.constants, variables["constants"])
     jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
     assert head["kernel"].shape[-1] == 7
     assert not head["kernel"].any()
     assert int(state.step) == 0
     report = json.loads((tmp_path / "init.json").read_text())
     assert report["made_new"] == report["left_over"] == ["params/class_embed/bias", "params/class_embed/kernel"]
-    assert len(report["loaded"]) == len(jax.tree.leaves(expected))
+    assert len(report["loaded"]) == len(jax.tree.leaves(variables))
 
 
 def test_starting_from_another_model_is_refused(undisturbed, tmp_path):
@@ -635,6 +621,6 @@ def test_starting_from_another_model_is_refused(undisturbed, tmp_path):
 def test_a_run_that_is_refused_leaves_no_report(undisturbed, tmp_path):
     config = make_config(model={"temperature": 30.0})
     config.init = str(undisturbed[1])
-    with pytest.raises(ValueError, match=r"is of another model: config\.model\.temperature is 30\.0, expected 20\.0"):
+    with pytest.raises(ValueError, match=r"of another model: config\.model\.temperature is 30\.0, expected 10000\.0"):
         loop.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run" / "init.json").exists()
