@@ -9,6 +9,7 @@ import sys
 import huggingface_hub
 import numpy as np
 import pytest
+import tiny_run
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -19,33 +20,8 @@ from cdetr_jax.evaluation.coco_eval import SUMMARY
 from cdetr_jax.models import resnet
 
 ROOT = cdetr_jax.__path__[0] + "/.."
-# The model is of the published form, and pictures are padded to what their sides say: as the hub's files can say it.
-SMALL = [
-    f"--config.{field}={value}"
-    for field, value in {
-        "model.backbone_width": 8,
-        "model.backbone_norm": "frozen_batch",
-        "model.dc5": False,
-        "model.temperature": 10000.0,
-        "model.width": 16,
-        "model.num_heads": 2,
-        "model.ffn_width": 16,
-        "model.num_queries": 7,
-        "data.synthetic.train_pictures": 8,
-        "data.synthetic.eval_pictures": 5,
-        "data.synthetic.height": 32,
-        "data.synthetic.width": 40,
-        "data.train_shapes": "((64, 64),)",
-        "data.eval_shapes": "((64, 64),)",
-        "data.short_sides_px": "(64,)",
-        "data.long_side_max_px": 64,
-        "data.eval_short_side_px": 64,
-        "train.batch_size": 4,
-        "train.num_epochs": 1,
-        "train.log_every_steps": 1,
-        "eval.batch_size": 2,
-    }.items()
-]
+PICTURES = {"data.synthetic.eval_pictures": 5, "data.synthetic.width": 40, "train.num_epochs": 1}
+SMALL = [f"--config.{field}={value}" for field, value in (tiny_run.FIELDS | PICTURES).items()]
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +38,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "path", list(sys.path))
-        patch.setitem(resnet.STAGE_SIZES, "resnet18", (1, 1, 1, 1))
+        patch.setitem(resnet.STAGE_SIZES, "resnet18", tiny_run.ONE_BLOCK_A_STAGE)
         run(["train", "--config=configs/demo.py", f"--workdir={workdir}", *SMALL])
         yield workdir
 

@@ -103,9 +103,14 @@ def load_case(name: str) -> Case:
 
 @pytest.fixture(scope="module", autouse=True)
 def float64():
-    jax.config.update("jax_enable_x64", True)
+    """Compiled in full, too: LLVM makes a loop of a convolution in float64, which takes minutes if not optimised."""
+    settings = {"jax_enable_x64": True, "jax_disable_most_optimizations": False}
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
     yield
-    jax.config.update("jax_enable_x64", False)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module", params=["official_r50", "official_r50_dc5", "detr_r50"])
@@ -268,10 +273,11 @@ def start(case, variables):
 
 def gradients(trainer, state, placed, match=None):
     """The gradients and losses of a replicated state, and their match: the given one, or SciPy's."""
-    predictions, residuals = trainer.forward(state, placed.batch.images, placed.batch.sizes_hw, trainer.number(0))
+    network = state.network  # as `Trainer.step` has it, whose compilations these are
+    predictions, residuals = trainer.forward(network, placed.batch.images, placed.batch.sizes_hw, trainer.number(0))
     match = match or trainer.match(trainer.cost(predictions, placed.batch.targets), placed)
     cotangents, losses = trainer.loss(predictions, placed.batch.targets, match, trainer.counts([placed]))
-    return trainer.backward(state, residuals, cotangents), losses, match
+    return trainer.backward(network, residuals, cotangents), losses, match
 
 
 def of_the_device(grads):
@@ -342,7 +348,7 @@ def test_how_far_float32_gradients_are_from_the_truth(case, three_steps):
     truth, match = three_steps.gradients, three_steps.match
     with jax.enable_x64(False):
         trainer, state = start(case, jax.tree.map(np.float32, case.variables))
-        grads, *_ = gradients(trainer, trainer.replicate(state), trainer.put(case.batch), match)
+        grads, *_ = gradients(trainer, trainer.replicate(state.network), trainer.put(case.batch), match)
         grads = of_the_device(grads)
     ours, exact = (
         np.concatenate([leaf.ravel().astype(np.float64) for leaf in jax.tree.leaves(tree)]) for tree in (grads, truth)

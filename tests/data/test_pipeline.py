@@ -191,19 +191,32 @@ def test_reads_only_so_far_ahead():
     assert not _threads()
 
 
-def test_close_does_not_wait_for_pictures_that_are_not_begun():
-    begun = []
+def test_close_does_not_wait_for_pictures_that_are_not_begun(monkeypatch):
+    begun, is_held, may_go_on = [], threading.Event(), threading.Event()
 
-    class Slow(Pictures):
+    class Held(Pictures):
+        """The first batch comes; the picture after it waits until the threads have been told to end."""
+
         def load_image(self, i):
             begun.append(i)
-            time.sleep(0.1)
+            if len(begun) > 4:
+                is_held.set()
+                assert may_go_on.wait(HANGS_S)
             return super().load_image(i)
 
-    batches = _train(Slow(), _reading(threads=1))
+    batches = _train(Held(), _reading(threads=1))
+    shutdown = batches._threads.shutdown
+
+    def shutdown_and_go_on(wait=True, **how):
+        shutdown(wait=False, **how)
+        may_go_on.set()
+        shutdown(wait=wait)
+
+    monkeypatch.setattr(batches._threads, "shutdown", shutdown_and_go_on)
     next(batches)
+    assert is_held.wait(HANGS_S)
     batches.close()
-    assert len(begun) <= 4 + 2  # of the 12 that were asked for
+    assert len(begun) == 4 + 1  # of the 12 that were asked for
     assert list(batches) == []
 
 

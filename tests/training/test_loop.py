@@ -1,4 +1,4 @@
-"""Whole runs on pictures of 32 x 32 pixels: train, stop, go on, be killed, evaluate, predict, and what they refuse.
+"""Whole runs on small pictures: train, stop, go on, be killed, evaluate, predict, and what they refuse.
 
 To keep this short the backbone has one block a stage, and runs of one model share what they compile; only the run that
 is killed is a process of its own.
@@ -17,6 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import tiny_run
 from PIL import Image
 
 import cdetr_jax
@@ -33,35 +34,18 @@ from cdetr_jax.visualization.curve import read_metrics
 from cdetr_jax.weights.load import load_initial, load_weights
 from configs import demo
 
-STEPS_PER_EPOCH, STEPS = 3, 9
-ONE_BLOCK_A_STAGE = (1, 1, 1, 1)
+STEPS_PER_EPOCH, STEPS = 2, 6
 CLOCK = ("images_per_second", "data_percent", "match_percent")
 
 
 def make_config(**groups):
-    """Dropout, accumulation and the moving average are on; each step is logged and saved; no evaluation."""
+    """Each step is logged and saved; no evaluation."""
     config = demo.get_config()
-    groups = {"model": {}, "data": {}, "synthetic": {}, "optimizer": {}, "train": {}, "eval": {}} | groups
-    synthetic = {"train_pictures": 12, "eval_pictures": 3, "height": 32, "width": 32, "max_objects": 4}
-    config.model.update(
-        {"backbone_width": 8, "width": 16, "num_heads": 2, "ffn_width": 16, "num_queries": 7, "dropout": 0.1}
-        | {"dc5": False}
-        | groups["model"]
-    )
-    config.data.update(
-        {"train_shapes": ((32, 32),), "eval_shapes": ((32, 32),), "short_sides_px": (32,), "long_side_max_px": 32}
-        | {"eval_short_side_px": 32, "max_targets": 4, "synthetic": synthetic | groups["synthetic"]}
-        | groups["data"]
-    )
-    config.optimizer.update(
-        {"lr": 1e-3, "backbone_lr": 5e-4, "ema_decay": 0.9, "warmup_steps": 4} | groups["optimizer"]
-    )
-    config.train.update(
-        {"batch_size": 4, "accumulation_steps": 2, "num_epochs": STEPS // STEPS_PER_EPOCH, "log_every_steps": 1}
-        | {"checkpoint_every_steps": 1, "keep_checkpoints": STEPS}
-        | groups["train"]
-    )
-    config.eval.update({"batch_size": 2, "every_epochs": 0} | groups["eval"])
+    pictures = {"data.synthetic.eval_pictures": 3, "data.synthetic.width": 32, "data.synthetic.max_objects": 4}
+    saved = {"train.checkpoint_every_steps": 1, "train.keep_checkpoints": STEPS, "eval.every_epochs": 0}
+    epochs = {"train.num_epochs": STEPS // STEPS_PER_EPOCH}
+    changes = {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
+    config.update_from_flattened_dict(tiny_run.FIELDS | pictures | saved | epochs | changes)
     return config
 
 
@@ -88,7 +72,7 @@ def compiled_once():
         return states[id(self)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.STAGE_SIZES, "resnet18", ONE_BLOCK_A_STAGE)
+        patch.setitem(resnet.STAGE_SIZES, "resnet18", tiny_run.ONE_BLOCK_A_STAGE)
         patch.setattr(build, "make_step_functions", shared_functions)
         patch.setattr(StepFunctions, "init", shared_init)
         patch.setattr(StepFunctions, "__hash__", object.__hash__)
@@ -167,7 +151,7 @@ def test_the_metrics_file_tells_every_step(undisturbed):
         sums = row["loss_class"] + row["loss_l1"] + row["loss_giou"]
         np.testing.assert_allclose(sums, row["loss"], rtol=1e-5)  # sums of float32 in another order
         assert row["grad_norm"] > 0
-    warmup = np.array([0.25, 0.5, 0.75] + [1.0] * 6)
+    warmup = np.array([0.25, 0.5, 0.75] + [1.0] * 3)
     np.testing.assert_allclose([row["lr"] for row in train], 1e-3 * warmup, rtol=1e-6)
     np.testing.assert_allclose([row["backbone_lr"] for row in train], 5e-4 * warmup, rtol=1e-6)
     assert all(name in read_metrics(workdir / "metrics.jsonl")[1] for name in CLOCK)
@@ -248,30 +232,37 @@ import json, os, signal, sys
 import ml_collections
 from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.models import resnet
-from cdetr_jax.training.loop import train_and_evaluate
+from cdetr_jax.training import loop
 
-config, workdir, stages, last_step, is_written = map(json.loads, sys.argv[1:])
+config, stages, first, second, last_step = map(json.loads, sys.argv[1:])
+config = ml_collections.ConfigDict(config)
 resnet.STAGE_SIZES["resnet18"] = tuple(stages)
-save = Checkpoints.save
+save, new_trainer, trainers = Checkpoints.save, loop.Trainer, []
 
 
-def save_and_die(self, step, *rest):
+def one_trainer(*arguments):
+    trainers.append(trainers[0] if trainers else new_trainer(*arguments))
+    return trainers[0]
+
+
+def save_and_go_no_further(self, step, *rest):
     save(self, step, *rest)  # goes on in the background
+    if first in str(self.directory):
+        self._manager.wait_until_finished()
+        loop.train_and_evaluate(config, second)
     if step == last_step:
-        if is_written:
-            self._manager.wait_until_finished()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-Checkpoints.save = save_and_die
-train_and_evaluate(ml_collections.ConfigDict(config), workdir)
+Checkpoints.save, loop.Trainer = save_and_go_no_further, one_trainer
+loop.train_and_evaluate(config, first)
 """
 
 
-@pytest.mark.parametrize(("last_step", "is_written"), [(1, True), (STEPS - 1, False)])
-def test_a_killed_run_goes_on_to_the_same_bits(last_step, is_written, undisturbed, tmp_path):
-    config = make_config()
-    arguments = [config.to_dict(), str(tmp_path), ONE_BLOCK_A_STAGE, last_step, is_written]
+def test_killed_runs_go_on_to_the_same_bits(undisturbed, tmp_path):
+    """One after its first checkpoint was written, the other, begun inside it, while its last but one is written."""
+    config, first, second = make_config(), tmp_path / "first", tmp_path / "second"
+    arguments = [config.to_dict(), tiny_run.ONE_BLOCK_A_STAGE, str(first), str(second), STEPS - 1]
     run = subprocess.run(
         [sys.executable, "-c", KILLED, *map(json.dumps, arguments)],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -280,11 +271,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(last_step, is_written, undisturbe
         check=False,
     )
     assert run.returncode == -signal.SIGKILL, run.stderr[-2000:]
+    assert saved_steps(first) == [1]
     # A checkpoint that was being written is there whole or not at all.
-    assert saved_steps(tmp_path)[-1] in ([last_step] if is_written else [last_step - 1, last_step])
-    loop.train_and_evaluate(config, tmp_path)
-    check_same(tmp_path, undisturbed[1], STEPS)
-    assert rows_without_clock(tmp_path) == rows_without_clock(undisturbed[1])
+    assert saved_steps(second)[-1] in [STEPS - 2, STEPS - 1]
+    for workdir in (first, second):
+        loop.train_and_evaluate(config, workdir)
+        check_same(workdir, undisturbed[1], STEPS)
+        assert rows_without_clock(workdir) == rows_without_clock(undisturbed[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -345,7 +338,7 @@ def test_a_step_that_does_not_fit_the_memory_ends_in_one_line_that_says_what_to_
 
 def test_an_evaluation_that_failed_is_made_up_for(undisturbed, tmp_path, monkeypatch):
     """The step is saved before; the same command then evaluates it, and gives what it would have given."""
-    config = make_config(train={"max_steps": 3, "checkpoint_every_steps": 100}, eval={"every_epochs": 1})
+    config = make_config(train={"max_steps": 2, "checkpoint_every_steps": 100}, eval={"every_epochs": 1})
 
     def fail(*_):
         raise MemoryError("too many pictures")
@@ -354,12 +347,12 @@ def test_an_evaluation_that_failed_is_made_up_for(undisturbed, tmp_path, monkeyp
         patch.setattr(evaluate, "coco_average_precision", fail)
         with pytest.raises(MemoryError):
             loop.train_and_evaluate(config, tmp_path)
-    check_same(tmp_path, undisturbed[1], 3)
+    check_same(tmp_path, undisturbed[1], 2)
     summary = loop.train_and_evaluate(config, tmp_path)
     assert len(summary) == 12
-    assert [row["step"] for row in rows_without_clock(tmp_path, "eval")] == [3]
+    assert [row["step"] for row in rows_without_clock(tmp_path, "eval")] == [2]
     assert loop.train_and_evaluate(config, tmp_path) is None  # once
-    assert [row["step"] for row in rows_without_clock(tmp_path, "eval")] == [3]
+    assert [row["step"] for row in rows_without_clock(tmp_path, "eval")] == [2]
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(undisturbed, tmp_path):
@@ -383,8 +376,8 @@ def test_the_last_and_the_best_by_ap_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "coco_average_precision", made_up)
     config = make_config(train={"checkpoint_every_steps": 100, "keep_checkpoints": 1}, eval={"every_epochs": 1})
     assert loop.train_and_evaluate(config, tmp_path)["AP"] == 0.3
-    assert saved_steps(tmp_path) == [6, 9]
-    for checkpoint, step in (("best", 6), ("latest", 9)):
+    assert saved_steps(tmp_path) == [4, 6]
+    for checkpoint, step in (("best", 4), ("latest", 6)):
         found, expected = load_weights(tmp_path, checkpoint), load_weights(tmp_path / "checkpoints" / str(step))
         jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
     assert any(
@@ -445,14 +438,14 @@ def test_two_runs_in_one_workdir_are_refused(tmp_path):
 
 def test_other_steps_an_epoch_are_refused(undisturbed, tmp_path):
     workdir = copy_run(undisturbed, tmp_path / "w", without=["config.json"])
-    with pytest.raises(ValueError, match=r"has 3 steps an epoch, but .* now give 4; use the same data"):
-        loop.train_and_evaluate(make_config(synthetic={"train_pictures": 16}), workdir)
+    with pytest.raises(ValueError, match=r"has 2 steps an epoch, but .* now give 3; use the same data"):
+        loop.train_and_evaluate(make_config(data={"synthetic.train_pictures": 12}), workdir)
 
 
 def test_other_shapes_are_refused_with_their_names(undisturbed, tmp_path):
     workdir = copy_run(undisturbed, tmp_path / "w", without=["config.json"])
     config = make_config(model={"num_queries": 5, "encoder_layers": 2, "decoder_layers": 1})
-    with pytest.raises(ValueError, match=r"checkpoint 9 in .* does not fit the config's model and optimizer") as error:
+    with pytest.raises(ValueError, match=rf"checkpoint {STEPS} in .* does not fit the config's model and opt") as error:
         loop.train_and_evaluate(config, workdir)
     missing, rest = str(error.value).split("missing ")[1].split("; unused ")
     unused, misshapen = rest.split("; mis-shaped ")
@@ -465,29 +458,27 @@ def test_no_pictures_for_one_batch(tmp_path):
     with pytest.raises(
         ValueError, match=r"3 pictures do not fill one batch of 4; use a smaller config\.train\.batch_size"
     ):
-        loop.train_and_evaluate(make_config(synthetic={"train_pictures": 3}), tmp_path)
+        loop.train_and_evaluate(make_config(data={"synthetic.train_pictures": 3}), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("every", "log", "message"),
+    ("last_step", "every", "log", "message"),
     [
-        (1, 1, "step 2: a parameter is not finite"),
-        (100, 1, "step 3: the matching cost of decoder layer 0 is not finite in row . of the batch, picture synthetic"),
-        (
-            100,
-            100,
-            "step 3: the matching cost of decoder layer 0 is not finite in row . of the batch, picture synthetic",
-        ),
+        (2, 1, 1, "step 2: a parameter is not finite"),
+        (1, 100, 1, "step 2: the matching cost of decoder layer 0 is not finite in row . of the batch, picture"),
+        (1, 100, 100, "step 2: the matching cost of decoder layer 0 is not finite in row . of the batch, picture"),
     ],
 )
-def test_parameters_that_are_not_finite_end_the_run_unsaved(every, log, message, undisturbed, tmp_path, monkeypatch):
+def test_parameters_that_are_not_finite_end_the_run_unsaved(
+    last_step, every, log, message, undisturbed, tmp_path, monkeypatch
+):
     trainer = loop.Trainer(step_functions(make_config(), 5))
     apply, calls = trainer.apply, []
 
     def poisoned(state, grads, losses):
         state, metrics = apply(state, grads, losses)
         calls.append(metrics)
-        if len(calls) == 2:
+        if len(calls) == last_step:
             state = state.replace(params=state.params | {"query_embed": state.params["query_embed"] * np.nan})
         return state, metrics
 
@@ -571,9 +562,7 @@ def test_a_damaged_picture_stops_the_run_and_is_named(damaged, undisturbed, tmp_
 def test_a_damaged_picture_is_skipped_where_asked_for(damaged, undisturbed, tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(loop.logging, "warning", lambda text, *values: warnings.append(text % values))
-    config = make_config(
-        data=damaged | {"on_error": "skip", "max_bad_fraction": 0.1}, train={"max_steps": STEPS_PER_EPOCH}
-    )
+    config = make_config(data=damaged | {"on_error": "skip", "max_bad_fraction": 0.1}, train={"max_steps": 3})
     loop.train_and_evaluate(config, tmp_path / "w")
     assert saved_steps(tmp_path / "w") == [1, 2, 3]
     assert warnings[-1] == "1 damaged pictures were skipped: ['picture_7.jpg']"
@@ -606,16 +595,18 @@ def test_a_new_run_starts_from_the_weights_of_another(undisturbed, tmp_path):
     workdir = undisturbed[1]
     classes = tuple(Category(i, f"thing {i}") for i in range(7))
     state = start._start_from(load_initial(str(workdir)), empty_state(make_config(), 7), classes, tmp_path)
-    expected = load_weights(workdir).variables["params"]
+    variables = load_weights(workdir).variables
+    expected = variables["params"]
     head, _ = state.params["class_embed"], expected.pop("class_embed")
     jax.tree.map(np.testing.assert_array_equal, {k: v for k, v in state.params.items() if k in expected}, expected)
+    jax.tree.map(np.testing.assert_array_equal, state.constants, variables["constants"])
     jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
     assert head["kernel"].shape[-1] == 7
     assert not head["kernel"].any()
     assert int(state.step) == 0
     report = json.loads((tmp_path / "init.json").read_text())
     assert report["made_new"] == report["left_over"] == ["params/class_embed/bias", "params/class_embed/kernel"]
-    assert len(report["loaded"]) == len(jax.tree.leaves(expected))
+    assert len(report["loaded"]) == len(jax.tree.leaves(variables))
 
 
 def test_starting_from_another_model_is_refused(undisturbed, tmp_path):
@@ -630,6 +621,6 @@ def test_starting_from_another_model_is_refused(undisturbed, tmp_path):
 def test_a_run_that_is_refused_leaves_no_report(undisturbed, tmp_path):
     config = make_config(model={"temperature": 30.0})
     config.init = str(undisturbed[1])
-    with pytest.raises(ValueError, match=r"is of another model: config\.model\.temperature is 30\.0, expected 20\.0"):
+    with pytest.raises(ValueError, match=r"of another model: config\.model\.temperature is 30\.0, expected 10000\.0"):
         loop.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run" / "init.json").exists()
