@@ -305,7 +305,7 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize(
     ("steps", "message", "saved"),
-    [(0, "stopped before the first step", []), (2, "stopped; step 2 of 9 is saved in ", [2])],
+    [(0, "stopped before the first step", []), (2, "stopped; step 2 of 6 is saved in ", [2])],
 )
 def test_a_run_that_waits_for_a_program_stops_at_once(steps, message, saved, tmp_path, monkeypatch):
     calls = []
@@ -329,7 +329,7 @@ def test_a_step_that_does_not_fit_the_memory_ends_in_one_line_that_says_what_to_
 
     monkeypatch.setattr(loop.Ahead, "wait", wait)
     message = (
-        r"^1 picture\(s\) of 32 x 32 pixels \(height x width\) do not fit the memory of a device \(.*\); use a smaller "
+        r"^1 picture\(s\) of 64 x 64 pixels \(height x width\) do not fit the memory of a device \(.*\); use a smaller "
         r"config\.train\.batch_size, .* \(RESOURCE_EXHAUSTED: Out of memory in hbm\.\)$"
     )
     with pytest.raises(MemoryError, match=message):
