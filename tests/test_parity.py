@@ -308,10 +308,10 @@ def three_steps(case):
     return Steps(first, match, metrics, parallel.unreplicate(state.params))
 
 
-# DETR's backward pass takes a minute; `.ci/run` looks at it too.
+# Each of the backward passes takes half a minute to a minute; `.ci/run` looks at the slow ones too.
 backward_cases = pytest.mark.parametrize(
     "case",
-    ["official_r50", "official_r50_dc5", pytest.param("detr_r50", marks=pytest.mark.slow)],
+    ["official_r50", *(pytest.param(name, marks=pytest.mark.slow) for name in ("official_r50_dc5", "detr_r50"))],
     indirect=True,
     scope="module",
 )
