@@ -118,6 +118,15 @@ def case(request, float64):
     return load_case(request.param)
 
 
+# What takes longer, such as a backward pass of half a minute to a minute; `.ci/run` looks at the slow ones too.
+longer_cases = pytest.mark.parametrize(
+    "case",
+    ["official_r50", *(pytest.param(name, marks=pytest.mark.slow) for name in ("official_r50_dc5", "detr_r50"))],
+    indirect=True,
+    scope="module",
+)
+
+
 def run_stages(case, variables):
     is_pad = padding_mask(case.batch.sizes_hw, case.batch.images.shape[1:3])
     run = jax.jit(lambda variables, images, mask: case.model.apply(variables, images, mask, method="stages"))
@@ -179,6 +188,7 @@ def test_every_stage_of_the_forward_pass(case, stages):
     assert_stages(case, stages, FORWARD)
 
 
+@longer_cases
 def test_the_forward_pass_in_float32(case):
     with jax.enable_x64(False):
         stages = run_stages(case, jax.tree.map(np.float32, case.variables))
@@ -308,16 +318,7 @@ def three_steps(case):
     return Steps(first, match, metrics, parallel.unreplicate(state.params))
 
 
-# Each of the backward passes takes half a minute to a minute; `.ci/run` looks at the slow ones too.
-backward_cases = pytest.mark.parametrize(
-    "case",
-    ["official_r50", *(pytest.param(name, marks=pytest.mark.slow) for name in ("official_r50_dc5", "detr_r50"))],
-    indirect=True,
-    scope="module",
-)
-
-
-@backward_cases
+@longer_cases
 def test_the_gradient_of_every_tensor(case, three_steps):
     norms = by_official_name(three_steps.gradients)
     trainable = list(map(str, case.expected["trainable"]))
@@ -327,7 +328,7 @@ def test_the_gradient_of_every_tensor(case, three_steps):
     assert all(norm == 0 for name, norm in norms.items() if name not in trainable), "frozen stages have gradients"
 
 
-@backward_cases
+@longer_cases
 def test_three_optimizer_steps(case, three_steps):
     for step, metrics in enumerate(three_steps.metrics):
         np.testing.assert_allclose(metrics.losses.total, case.expected[f"total_loss_{step}"], rtol=STEPS)
