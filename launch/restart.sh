@@ -21,7 +21,7 @@ stopped="" child="" failed_at=""
 say() { echo "restart.sh $(date +%H:%M:%S): $*" >&2; }
 
 stop() {
-  stopped=yes
+  stopped=yes interrupted=yes
   [[ -z $child ]] || kill -TERM "$child" 2>/dev/null
 }
 trap stop TERM INT
@@ -39,9 +39,10 @@ PY
 while true; do
   "$@" &
   child=$!
-  wait "$child"
-  status=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the command has ended
+  [[ -z $stopped ]] || kill -TERM "$child" # told before it had a number
+  interrupted=yes
+  while [[ -n $interrupted ]]; do # a signal ends `wait`, whose status is then not the command's
+    interrupted=""
     wait "$child"
     status=$?
   done

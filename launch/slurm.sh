@@ -19,10 +19,11 @@ case $action in
     requeue="" status=75
     # The tasks that are left have 60 seconds to save after the first has ended.
     launch/restart.sh "$WORKDIR" srun --kill-on-bad-exit=0 --wait=60 "${train[@]}" --multihost &
-    trap 'requeue=yes; kill -TERM $!' USR1
-    trap 'kill -TERM $!' TERM
-    while kill -0 $! 2>/dev/null; do # a signal ends `wait` before the command has ended
-      status=0
+    trap 'requeue=yes interrupted=yes; kill -TERM $! || true' USR1
+    trap 'interrupted=yes; kill -TERM $! || true' TERM
+    interrupted=yes
+    while [[ -n $interrupted ]]; do # a signal ends `wait`, whose status is then not the command's
+      interrupted="" status=0
       wait $! || status=$?
     done
     [[ -z $requeue || $status == 0 ]] || run scontrol requeue "$SLURM_JOB_ID"
