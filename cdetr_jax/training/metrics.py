@@ -1,12 +1,14 @@
 """What a run tells while it goes: a metrics file, TensorBoard's files, and its progress."""
 
 import contextlib
+import functools
 import json
 import math
 import os
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Literal
 
@@ -99,6 +101,16 @@ def make_writer(workdir: str | os.PathLike) -> MetricsWriter:
     return MetricsWriter(file, TensorBoardFile(workdir))
 
 
+@contextlib.contextmanager
+def _timed(add: Callable[[float], None]) -> Iterator[None]:
+    """Hands over the seconds inside the `with` block."""
+    start = monotonic()
+    try:
+        yield
+    finally:
+        add(monotonic() - start)
+
+
 class IntervalTimer:
     """Seconds spent in named parts of the loop since the last report."""
 
@@ -106,27 +118,20 @@ class IntervalTimer:
         self._seconds = defaultdict(float)
         self._start = monotonic()
 
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> AbstractContextManager[None]:
         """Counts the time inside the `with` block for this part."""
-        start = monotonic()
-        try:
-            yield
-        finally:
-            self._seconds[name] += monotonic() - start
+        return _timed(functools.partial(self.add, name))
 
     def add(self, name: str, seconds: float) -> None:
         """Counts time that was measured elsewhere for this part."""
         self._seconds[name] += seconds
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> AbstractContextManager[None]:
         """The time inside the `with` block, such as that of an evaluation, is not part of the interval."""
-        start = monotonic()
-        try:
-            yield
-        finally:
-            self._start += monotonic() - start
+        return _timed(self._leave_out)
+
+    def _leave_out(self, seconds: float) -> None:
+        self._start += seconds
 
     def report(self, images: int) -> dict[str, float]:
         """Ends the interval, in which so many images were trained on, and starts the next.
@@ -186,14 +191,12 @@ class Progress:
         elif metrics is not None:
             logging.info("%s", " ".join(filter(None, (epoch, f"step {step}/{self._total}", self._text, left))))
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> AbstractContextManager[None]:
         """The time inside the `with` block, such as that of compiling, is not part of any pace."""
-        start = monotonic()
-        try:
-            yield
-        finally:
-            self._paused_s += monotonic() - start
+        return _timed(self._leave_out)
+
+    def _leave_out(self, seconds: float) -> None:
+        self._paused_s += seconds
 
     def say(self, text: str, *values: object) -> None:
         """Logs a line, above the bar if there is one."""
