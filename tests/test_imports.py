@@ -38,7 +38,7 @@ data/reader
 data/pipeline
 evaluation/postprocess
 evaluation/coco_eval
-visualization/draw visualization/curve
+visualization/draw visualization/curve visualization/page
 training/optimizer training/step training/tensorboard training/ahead training/processes
 training/parallel training/metrics training/feed training/stopping
 checkpoints/mismatch checkpoints/workdir
