@@ -301,11 +301,17 @@ def test_train_leaves_a_workdir(trained):
     assert [entry["id"] for entry in classes] == [1, 2, 3, 5, 8]
 
 
-def test_evaluate_prints_the_table_of_the_run(trained, capsys):
-    run(["evaluate", f"--workdir={trained}", "--checkpoint=latest"])
-    lines = capsys.readouterr().out.splitlines()
+def test_evaluate_prints_the_table_of_the_run_and_writes_a_report(trained, capsys, tmp_path):
+    run(["evaluate", f"--workdir={trained}", "--checkpoint=latest", f"--report={tmp_path / 'report'}"])
+    *lines, empty, said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:12]] == list(SUMMARY)
     assert {line.split()[0] for line in lines[12:] if line} == {"class", "disc", "square", "triangle", "cross", "ring"}
+    assert not empty
+    assert said.endswith(f"where it errs: {tmp_path / 'report' / 'report.html'}")
+    reported = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [f"{value:.3f}" if value >= 0 else "-" for value in reported["summary"].values()] == [
+        line.split()[1] for line in lines[:12]
+    ]
 
 
 def test_evaluate_refuses_a_field_that_is_not_there(trained, capsys):

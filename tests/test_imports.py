@@ -39,6 +39,7 @@ data/pipeline
 evaluation/postprocess
 evaluation/coco_eval
 visualization/draw visualization/curve visualization/page
+visualization/report
 training/optimizer training/step training/tensorboard training/ahead training/processes
 training/parallel training/metrics training/feed training/stopping
 checkpoints/mismatch checkpoints/workdir

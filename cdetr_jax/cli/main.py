@@ -91,6 +91,13 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--config", type=name, metavar="FILE", help="recipe with the pictures to evaluate on; default: the run's own"
     )
+    evaluate.add_argument(
+        "--report",
+        type=name,
+        metavar="DIR",
+        help="also write there where it errs: report.html with precision-recall curves, the score with the best F1, "
+        "what is taken for what and the worst pictures; the same as PNG, CSV and JSON",
+    )
     add_processes(evaluate)
 
     predict = add(

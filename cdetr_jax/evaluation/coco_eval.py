@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import faster_coco_eval
 import numpy as np
@@ -26,6 +27,9 @@ SUMMARY = {
 }
 
 
+Results = list[dict[str, Any]]  # in COCO's format
+
+
 @dataclasses.dataclass(frozen=True)
 class CocoMetrics:
     """What COCO evaluation says of one set of detections. All values are in [0, 1].
@@ -38,28 +42,35 @@ class CocoMetrics:
         that several categories share is followed by their ids: "cat (17)".
       boxes_per_class: number of annotated boxes that count, crowds left out, under the same keys.
       category_ids: the data set's own, under the same keys.
+      precision: [10, 101, 4] each, under the same keys: at the IoU thresholds 0.50, 0.55, ..., the recalls 0.00, 0.01,
+        ..., and of objects of all sizes, small, medium and large ones.
     """
 
     summary: dict[str, float]
     per_class: dict[str, float]
     boxes_per_class: dict[str, int]
     category_ids: dict[str, int]
+    precision: dict[str, np.ndarray]
+
+    def class_summary(self, key: str) -> dict[str, float]:
+        """The first six of the 12 numbers, AP to APL, of one class."""
+        precision = self.precision[key]
+        of = [precision[..., 0], precision[0, :, 0], precision[5, :, 0], *(precision[..., area] for area in (1, 2, 3))]
+        return {name: float(values.mean()) for name, values in zip(SUMMARY, of, strict=False)}
 
     def format_table(self) -> str:
         """The 12 numbers with their meaning, then id, AP and number of boxes of each class, as aligned lines."""
-        lines = [f"{name:<5}  {_number(value)}  {SUMMARY[name]}" for name, value in self.summary.items()]
+        lines = [f"{name:<5}  {format_number(value)}  {SUMMARY[name]}" for name, value in self.summary.items()]
         width = max(map(len, ("class", *self.per_class)))
         lines += ["", f"{'class':<{width}}    id     AP   boxes"]
         lines += [
-            f"{name:<{width}}  {self.category_ids[name]:>4}  {_number(value)}  {self.boxes_per_class[name]:>6}"
+            f"{name:<{width}}  {self.category_ids[name]:>4}  {format_number(value)}  {self.boxes_per_class[name]:>6}"
             for name, value in self.per_class.items()
         ]
         return "\n".join(lines)
 
 
-def coco_average_precision(
-    records: Sequence[Record], categories: Sequence[Category], results: Sequence[dict]
-) -> CocoMetrics:
+def coco_average_precision(records: Sequence[Record], categories: Sequence[Category], results: Results) -> CocoMetrics:
     """Compares detections with annotations as COCO does: at most 100 detections a picture and class, crowds ignored.
 
     Args:
@@ -95,17 +106,17 @@ def coco_average_precision(
     evaluator = faster_coco_eval.COCOeval_faster(truth, detections, iouType="bbox", print_function=_silent)
     evaluator.run()
 
-    # precision: [IoU thresholds, recall points, classes by id, areas (0 = all), detection limits (-1 = 100)]
-    precision = np.asarray(evaluator.eval["precision"])
-    ap_of_id = {
-        category_id: float(precision[:, :, k, 0, -1].mean()) if counts[category_id] else -1.0
-        for k, category_id in enumerate(sorted(category_ids))
-    }
+    # [IoU thresholds, recall points, classes by id, areas (0 = all), detection limits (-1 = 100)]
+    precision = np.asarray(evaluator.eval["precision"])[..., -1]
+    of_id = {category_id: precision[:, :, k] for k, category_id in enumerate(sorted(category_ids))}
     return CocoMetrics(
         summary={name: float(value) for name, value in zip(SUMMARY, evaluator.stats, strict=True)},
-        per_class={key: ap_of_id[category.id] for key, category in zip(keys, categories, strict=True)},
+        per_class={
+            key: float(of_id[category.id][..., 0].mean()) for key, category in zip(keys, categories, strict=True)
+        },
         boxes_per_class={key: counts[category.id] for key, category in zip(keys, categories, strict=True)},
         category_ids={key: category.id for key, category in zip(keys, categories, strict=True)},
+        precision={key: of_id[category.id] for key, category in zip(keys, categories, strict=True)},
     )
 
 
@@ -157,7 +168,7 @@ def _distinct(ids: list[int], what: str) -> set[int]:
     return set(ids)
 
 
-def _number(value: float) -> str:
+def format_number(value: float) -> str:
     """Three decimals, or a dash where COCO says -1."""
     return f"{value:5.3f}" if value >= 0 else "    -"
 

@@ -1,7 +1,7 @@
 """Evaluation of a detector: COCO AP, and a sheet of a few pictures with what was found in them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -17,7 +17,7 @@ from cdetr_jax.data.plan import EpochPlan
 from cdetr_jax.data.reader import usable_cores
 from cdetr_jax.data.sources import Source
 from cdetr_jax.device_memory import must_fit
-from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics, coco_average_precision
+from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics, Results, coco_average_precision
 from cdetr_jax.training.ahead import Ahead, Programs
 from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.parallel import Trainer, detect_programs
@@ -32,10 +32,16 @@ _LESS_MEMORY = (
     "use a smaller config.eval.batch_size, smaller config.data.eval_shapes, or config.model.compute_dtype=bfloat16"
 )
 
-Results = list[dict[str, Any]]  # in COCO's format
+
+class Evaluation(NamedTuple):
+    """What was evaluated, what was found, and how good that is."""
+
+    source: Source
+    results: Results
+    metrics: CocoMetrics
 
 
-def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics | None:
+def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> Evaluation | None:
     """COCO AP of a detector on the config's evaluation pictures.
 
     Args:
@@ -60,7 +66,9 @@ def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> CocoMetrics
         results = detect_all(config, trainer, variables, source, plan, weights.classes, ahead, Stop())
     finally:
         ahead.close()
-    return None if results is None else coco_average_precision(source.records, source.categories, results)
+    if results is None:
+        return None
+    return Evaluation(source, results, coco_average_precision(source.records, source.categories, results))
 
 
 def eval_programs(trainer: Trainer, variables: Any, plan: EpochPlan) -> Iterator[Programs]:

@@ -39,6 +39,7 @@ def draw_boxes(
     scores: Sequence[float] | None = None,
     *,
     class_names: Sequence[str] | None = None,
+    colours: Sequence[tuple[int, int, int]] | None = None,
 ) -> Image.Image:
     """Draws boxes with a tag of name and score; line and letters grow with the picture.
 
@@ -46,10 +47,11 @@ def draw_boxes(
     Args:
       image: [H, W, 3] uint8, RGB.
       boxes_xyxy_px: [n, 4], left, top, right, bottom in pixels of `image`; what lies outside is cut off.
-      labels: n class names.
+      labels: n class names; one that is empty gets no tag.
       scores: n numbers in [0, 1], best first (the first tags get the best places), or None for annotations.
       class_names: all names of a data set with few classes (at most 15). With them every class has its own colour, the
         same in all pictures; without them classes of one picture differ, but may change colours between pictures.
+      colours: n RGB colours to use instead.
 
     Returns: RGB picture.
     Raises: ValueError, if the image is not uint8 RGB or the numbers of boxes, labels and scores differ.
@@ -60,7 +62,9 @@ def draw_boxes(
             f"{len(boxes)} boxes, {len(labels)} labels and {'no' if scores is None else len(scores)} scores; "
             "every box needs one label, and one score unless scores is None"
         )
-    colours = class_colours(labels if class_names is None else [*class_names, *labels])
+    if colours is None:
+        of_class = class_colours(labels if class_names is None else [*class_names, *labels])
+        colours = [of_class[label] for label in labels]
     picture, factor = _enlarge(image)
     pen = ImageDraw.Draw(picture)
     line_px, font = _line_and_font(picture)
@@ -69,15 +73,17 @@ def draw_boxes(
 
     area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
     for i in np.argsort(-area, kind="stable"):  # small boxes over large ones
-        _outline(pen, corners[i], colours[labels[i]], line_px)
+        _outline(pen, corners[i], colours[i], line_px)
 
     tags, taken = [], np.zeros((0, 4))
     for i, label in enumerate(labels):
+        if not label:
+            continue
         text = label if scores is None else f"{label} {scores[i]:.2f}"
         text, size = _fit(text, font, picture.width)
         place = _place(corners[i], size, picture.size, taken)
         taken = np.concatenate([taken, [place]])
-        tags.append((text, place, colours[label]))
+        tags.append((text, place, colours[i]))
     for text, place, colour in reversed(tags):  # the first tag on top
         pen.rectangle(tuple(place), fill=colour)
         middle = ((place[0] + place[2]) / 2, (place[1] + place[3]) / 2)

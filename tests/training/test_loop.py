@@ -371,7 +371,7 @@ def test_the_last_and_the_best_by_ap_are_kept(tmp_path, monkeypatch):
     precisions = iter((0.2, 0.5, 0.3))
 
     def made_up(*_):
-        return CocoMetrics(dict.fromkeys(SUMMARY, 0.0) | {"AP": next(precisions)}, {}, {}, {})
+        return CocoMetrics(dict.fromkeys(SUMMARY, 0.0) | {"AP": next(precisions)}, {}, {}, {}, {})
 
     monkeypatch.setattr(evaluate, "coco_average_precision", made_up)
     config = make_config(train={"checkpoint_every_steps": 100, "keep_checkpoints": 1}, eval={"every_epochs": 1})

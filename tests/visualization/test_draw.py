@@ -165,3 +165,10 @@ def test_attention_refuses_what_is_no_weight(bad):
         draw_attention(blank(40, 50), np.ones((2, 3)), [0, 0, 9, 9])
     with pytest.raises(ValueError, match="1 titles for 2 maps"):
         draw_attention(blank(40, 50), np.ones((2, 3, 5)), [0, 0, 9, 9], titles=["a"])
+
+
+def test_a_box_may_have_a_colour_of_its_own_and_no_tag():
+    boxes = [[100, 150, 300, 350], [100, 20, 200, 80]]
+    picture = draw_boxes(blank(400, 500), boxes, ["", ""], colours=[(1, 2, 3), (250, 240, 230)])
+    assert [picture.getpixel(place) for place in ((101, 250), (101, 50))] == [(1, 2, 3), (250, 240, 230)]
+    assert not changed(picture)[100:140].any(), "a tag would be here"
