@@ -1,6 +1,6 @@
 r"""Your own pictures: folders and COCO instances JSON files with any category ids and names.
 
-    cdetr train --config=configs/coco_folder.py --workdir=W \
+    cdetr train --config=coco_folder --workdir=W \
         --config.data.train_images=my/train --config.data.train_annotations=my/train.json \
         --config.data.eval_images=my/val --config.data.eval_annotations=my/val.json
 

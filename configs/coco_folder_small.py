@@ -1,6 +1,6 @@
 r"""Your own pictures, small: for a CPU or a small GPU, from random weights, pictures of at most 320 pixels.
 
-    cdetr train --config=configs/coco_folder_small.py --workdir=W \
+    cdetr train --config=coco_folder_small --workdir=W \
         --config.data.train_images=my/train --config.data.train_annotations=my/train.json \
         --config.data.eval_images=my/val --config.data.eval_annotations=my/val.json
 

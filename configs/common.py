@@ -17,7 +17,7 @@ DROP_EPOCHS = {"12": 11, "36": 30, "50": 40, "75": 60, "108": 80}
 def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     """The published Conditional DETR R50 recipe on COCO: batch 16, 50 epochs, learning rate drop after 40.
 
-    `epochs` comes from the command line: --config=configs/conditional_detr_r50.py:108
+    `epochs` comes from the command line: --config=conditional_detr_r50:108
     """
     if epochs not in DROP_EPOCHS:
         raise ValueError(f"there is no recipe for {epochs} epochs, only for {', '.join(DROP_EPOCHS)}")

@@ -1,6 +1,6 @@
 """Drawn shapes, small enough to learn in minutes on two CPU cores. No files needed.
 
-cdetr train --config=configs/demo.py --workdir=runs/demo
+cdetr train --config=demo --workdir=runs/demo
 """
 
 import ml_collections

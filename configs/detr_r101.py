@@ -2,7 +2,7 @@
 
 Published COCO val2017 AP: 36.9 after 50 epochs, 43.5 after 500.
 
-    cdetr train --config=configs/detr_r101.py --workdir=W
+    cdetr train --config=detr_r101 --workdir=W
 """
 
 import ml_collections
@@ -11,7 +11,7 @@ from configs import detr_r50
 
 
 def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
-    """`epochs`: 12, 36, 50, 75 or 108, as --config=configs/detr_r101.py:75."""
+    """`epochs`: 12, 36, 50, 75 or 108, as --config=detr_r101:75."""
     config = detr_r50.get_config(epochs)
     config.init = "hf://timm/resnet101.tv_in1k"
     config.model.backbone = "resnet101"

@@ -2,7 +2,7 @@
 
 Published COCO val2017 AP: 34.9 after 50 epochs, 42.0 after 500.
 
-    cdetr train --config=configs/detr_r50.py --workdir=W
+    cdetr train --config=detr_r50 --workdir=W
 """
 
 import ml_collections
@@ -11,7 +11,7 @@ from configs import common
 
 
 def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
-    """`epochs`: 12, 36, 50, 75 or 108, as --config=configs/detr_r50.py:75."""
+    """`epochs`: 12, 36, 50, 75 or 108, as --config=detr_r50:75."""
     config = common.get_config(epochs)
     config.model.decoder = "detr"
     config.model.num_queries = 100

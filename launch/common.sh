@@ -61,10 +61,16 @@ is_running() { [[ -f $logs/pid ]] && kill -0 "$(<"$logs/pid")" 2>/dev/null; }
 # note TEXT: for who has started something.
 note() { [[ -n $dry_run ]] || echo "$*"; }
 
+# The file of CONFIG, which is a name or a path, with or without a schedule.
+recipe_file() {
+  local file=${CONFIG%:*}
+  [[ $file == *.py ]] && echo "$file" || echo "configs/$file.py"
+}
+
 # What is copied, or built into an image, is a commit with the config in it.
 committed() {
   [[ -z $(git status --porcelain) ]] || die "there are changes that are not committed; other hosts get the commit"
-  git cat-file -e "HEAD:./${CONFIG%:*}" 2>/dev/null || die "CONFIG $CONFIG is not in the commit that other hosts get"
+  git cat-file -e "HEAD:./$(recipe_file)" 2>/dev/null || die "CONFIG $CONFIG is not in the commit that other hosts get"
 }
 
 # shared_workdir [gs]: all hosts see the workdir, and read there what the first of them, which alone writes, compiled.
@@ -82,8 +88,8 @@ NAME=${NAME:-$(basename "$WORKDIR" | tr 'A-Z_.' 'a-z--')}
 [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || die "NAME $NAME: expected up to 40 of a-z, 0-9, -, a letter first"
 logs=runs/launch/$NAME
 if [[ $action == start ]]; then
-  need CONFIG "a recipe, such as configs/conditional_detr_r50.py"
-  [[ -f ${CONFIG%:*} ]] || die "there is no config $CONFIG in $PWD"
+  need CONFIG "a recipe, such as conditional_detr_r50"
+  [[ -f $(recipe_file) ]] || die "there is no config $CONFIG in $PWD"
 fi
 [[ -n $dry_run ]] || mkdir -p "$logs"
 # shellcheck disable=SC2034 # for the launchers

@@ -3,7 +3,7 @@
 #   ACCELERATOR=tpu-v6e-slice TOPOLOGY=4x4 CHIPS=4 HOSTS=4     # a TPU slice: CHIPS of each host
 #   ACCELERATOR=nvidia-h100-80gb GPUS=8 HOSTS=2                # GPU hosts: GPUS of each host
 #       IMAGE=us-docker.pkg.dev/my-project/my/cdetr:tpu \
-#       CONFIG=configs/conditional_detr_r50.py WORKDIR=gs://my-bucket/r50 \
+#       CONFIG=conditional_detr_r50 WORKDIR=gs://my-bucket/r50 \
 #       launch/gke.sh [--dry-run] [--config.FIELD=VALUE ...]
 #   WORKDIR=gs://my-bucket/r50 launch/gke.sh logs|stop
 # SPOT=no: not on spot nodes. SERVICE_ACCOUNT (default): the Kubernetes one that may write to the bucket.

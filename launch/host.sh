@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All GPUs of this host (or its TPU, or its CPU), with the environment that is active:
-#   CONFIG=configs/conditional_detr_r50.py WORKDIR=runs/r50 launch/host.sh [--dry-run] [--config.FIELD=VALUE ...]
+#   CONFIG=conditional_detr_r50 WORKDIR=runs/r50 launch/host.sh [--dry-run] [--config.FIELD=VALUE ...]
 #   WORKDIR=runs/r50 launch/host.sh logs    follows the log
 #   WORKDIR=runs/r50 launch/host.sh stop    saves and ends; start again to go on
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A SLURM job over GPU hosts, one process a GPU, which is how JAX takes its variables. The environment that is active,
 # and this folder, must be on a file system that the hosts share:
-#   HOSTS=4 GPUS=8 CONFIG=configs/conditional_detr_r50.py WORKDIR=/shared/r50 \
+#   HOSTS=4 GPUS=8 CONFIG=conditional_detr_r50 WORKDIR=/shared/r50 \
 #       launch/slurm.sh [--dry-run] [--config.FIELD=VALUE ...]
 #   WORKDIR=/shared/r50 launch/slurm.sh logs|stop
 # HOSTS: how many, GPUS: of each. Partition, account and time limit: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT.

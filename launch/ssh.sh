@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Hosts that ssh reaches without a password, one process each, which has all of the host's GPUs:
-#   HOSTS="node1 node2" JAX=cuda12 CONFIG=configs/conditional_detr_r50.py WORKDIR=/shared/r50 \
+#   HOSTS="node1 node2" JAX=cuda12 CONFIG=conditional_detr_r50 WORKDIR=/shared/r50 \
 #       launch/ssh.sh [--dry-run] [--config.FIELD=VALUE ...]
 #   HOSTS="node1 node2" WORKDIR=/shared/r50 launch/ssh.sh logs|stop
 # The commit that is checked out is installed in ~/cdetr_jax_NAME of each host. JAX: jax's build, cuda12, cuda13 or tpu.

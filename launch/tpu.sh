@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Cloud TPU VM or pod slice (v2 to v6e) as a queued resource, with an image of launch/Dockerfile:
 #   PROJECT=my-project ZONE=us-west4-a TPU=v5litepod-16 IMAGE=us-docker.pkg.dev/my-project/my/cdetr:tpu \
-#       CONFIG=configs/conditional_detr_r50.py WORKDIR=gs://my-bucket/r50 \
+#       CONFIG=conditional_detr_r50 WORKDIR=gs://my-bucket/r50 \
 #       launch/tpu.sh [--dry-run] [--config.FIELD=VALUE ...]
 #   PROJECT=... ZONE=... WORKDIR=gs://my-bucket/r50 launch/tpu.sh logs|stop
 # SPOT=no: not a spot VM. DATA_DISK=projects/P/zones/Z/disks/D: a disk that every host sees read only as /data.

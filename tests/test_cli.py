@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_commands_keep_what_they_compile(folder, monkeypatch):
     ("command", "expected"),
     [
         ([], ["train", "evaluate", "predict", "convert", "benchmark", "go on with a run that was stopped"]),
-        (["train"], ["--config FILE", "--workdir DIR", "--multihost", "--config.optimizer.lr=2e-4", "configs/demo.py"]),
+        (["train"], ["--config RECIPE", "--workdir DIR", "--multihost", "--config.optimizer.lr=2e-4", "--config=demo"]),
         (
             ["evaluate"],
             [
@@ -81,7 +82,7 @@ def test_commands_keep_what_they_compile(folder, monkeypatch):
                 "--checkpoint {best,latest}",
                 "--dc5",
                 "12 numbers",
-                "--config FILE",
+                "--config RECIPE",
             ],
         ),
         (
@@ -93,7 +94,7 @@ def test_commands_keep_what_they_compile(folder, monkeypatch):
             ["convert"],
             ["SOURCE DESTINATION", "--to {hub,pth,orbax}", "--without-timm", "--checkpoint", "--config.init"],
         ),
-        (["benchmark"], ["--config FILE", "--batch N", "--size HxW", "--targets N", "--steps N"]),
+        (["benchmark"], ["--config RECIPE", "--batch N", "--size HxW", "--targets N", "--steps N"]),
         (["prepare"], ["--dataset NAME", "--archives"]),
         (["export"], ["--size HxW"]),
     ],
@@ -138,7 +139,10 @@ DEMO = "--config=configs/demo.py"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a command: train, evaluate, predict, convert, prepare, export, benchmark; see `cdetr --help`"),
+        (
+            [],
+            "name a command: train, evaluate, predict, convert, prepare, export, configs, benchmark; see",
+        ),
         (["trian"], "unknown command 'trian'; did you mean train?; see"),
         (["train", "--workdri=w"], "unknown argument '--workdri=w'; did you mean --workdir?; see `cdetr train --help`"),
         (["train", DEMO, "--workdir="], "argument --workdir: '' is empty, expected a name"),
@@ -201,21 +205,38 @@ def test_wrong_config_fields(arguments, message, capsys, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("config", ["configs/dmeo.py", "configs", "configs/dmeo.py:12"])
+@pytest.mark.parametrize("config", ["configs/dmeo.py", "dmeo", "configs/dmeo.py:12", "dmeo:12"])
 def test_a_config_that_is_not_there(config, capsys, tmp_path):
     error = fails(capsys, ["train", f"--config={config}", f"--workdir={tmp_path}"])
-    assert error.startswith(f"cdetr train: error: there is no config {config}; the recipes are in the repository's")
+    meant = "did you mean --config=demo?"
+    assert error == f"cdetr train: error: there is no config {config}; {meant}; `cdetr configs` lists the recipes\n"
 
 
 def test_a_recipe_can_be_named_from_anywhere(tmp_path):
-    """Its neighbours are found whether it or the reader is in the repository."""
+    """Its neighbours are found wherever it and the reader are, and one's own folder `configs` is in nobody's way."""
     mine = tmp_path / "mine.py"
     mine.write_text("from configs import coco_folder\nget_config = coco_folder.get_config\n")
-    code = "import sys; from cdetr_jax.cli.settings import read_config as r; print(r(sys.argv[1], []).train.batch_size)"
-    for folder, recipe in ((tmp_path, f"{ROOT}/configs/coco_folder.py"), (ROOT, str(mine))):
+    (tmp_path / "elsewhere" / "configs").mkdir(parents=True)
+    code = "import sys; from cdetr_jax.cli.settings import read_config as r; print(r(sys.argv[1], []).train.num_epochs)"
+    for folder, recipe in (
+        (tmp_path, f"{ROOT}/configs/coco_folder.py"),
+        (tmp_path / "elsewhere", str(mine)),
+        (tmp_path / "elsewhere", "detr_r50"),
+    ):
         command = [sys.executable, "-c", code, recipe]
         done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-        assert int(done.stdout) > 0
+        assert int(done.stdout) == 50, recipe
+
+
+def test_recipes_go_by_their_names(capsys):
+    run(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    listed = dict(line.split(maxsplit=1) for line in lines)
+    assert listed["detr_r50"] == "DETR R50, the baseline (arXiv:2005.12872)."
+    assert listed.keys() == {file.stem for file in pathlib.Path(ROOT, "configs").glob("*.py")} - {"__init__", "common"}
+    assert all(len(line) <= 140 for line in lines)
+    run(["configs", "conditional_detr_r50:108"])
+    assert "config.optimizer.drop_epoch = 80" in capsys.readouterr().out.splitlines()
 
 
 def test_a_schedule_that_there_is_not(capsys, tmp_path):

@@ -146,8 +146,8 @@ def test_a_text_becomes_a_value(text, field, value):
     ("batch_size=3", "did you mean --config.eval.batch_size or --config.train.batch_size?"),
     ("trian.batchsize=3", "did you mean --config.train.batch_size?"),
     ("train=3", "config.train is a group of fields; set one of them"),
-    ("foo.bar=3", "there is no config.foo.bar; configs/common.py lists the fields"),
-    ("=3", "there is no config.; configs"),
+    ("foo.bar=3", "there is no config.foo.bar; `cdetr configs NAME` lists the fields"),
+    ("=3", "there is no config.; `cdetr configs"),
     ("train.batch_size", "config.train.batch_size is '', expected a whole number"),
 ])  # fmt: skip
 def test_a_field_that_there_is_not(field, message):
@@ -235,6 +235,8 @@ NAMES = [
     "--archives",
     "--topology",
     "--trace",
+    "--report",
+    "recipe",
     "pictures",
 ]
 MAY_BE = {"--from-eval": ["0"], "--process-id": ["0"], "--threshold": ["0"]}

@@ -59,7 +59,7 @@ inference
 cli/settings cli/arguments
 cli/processes
 cli/benchmark_input cli/benchmark_compile
-cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare
+cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare cli/configs
 cli/main
 """
 RANK = {

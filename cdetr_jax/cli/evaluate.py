@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         if weights.config is None:
             raise ValueError(
                 f"{arguments.weights} does not say on which pictures to evaluate it; name a recipe, such as "
-                "--config=configs/conditional_detr_r50.py"
+                "--config=conditional_detr_r50"
             )
         config = change_config(weights.config, fields)
     evaluated = evaluate(config, weights)

@@ -26,10 +26,12 @@ SOURCE is one of
                               facebookresearch/detr (needs PyTorch)"""
 
 CONFIG_HELP = """\
-every field of the config can be set on the command line, for example
+--config takes a recipe by its name (`cdetr configs` lists them), with a
+schedule after a colon where it has several (conditional_detr_r50:108), or a
+file of your own. Every field can be set on the command line, for example
   --config.optimizer.lr=2e-4  --config.train.batch_size=8  --config.seed=1
-configs/common.py lists the fields, what they mean and their published values;
-those of the model are in cdetr_jax/models/detector.py. Of a field that is set
+`cdetr configs RECIPE` lists the fields; configs/common.py says what they mean,
+and cdetr_jax/models/detector.py those of the model. Of a field that is set
 twice the last value counts."""
 
 
@@ -62,9 +64,9 @@ def parser() -> argparse.ArgumentParser:
         "Several processes start with the same config, code, data and number of devices,\n"
         "in a workdir that all see; differences are refused. A signal to one of them\n"
         "stops all at the same step. When one fails, the others end within 30 seconds.\n\n"
-        "example:\n  cdetr train --config=configs/demo.py --workdir=runs/demo",
+        "example:\n  cdetr train --config=demo --workdir=runs/demo",
     )
-    train.add_argument("--config", required=True, type=name, metavar="FILE", help="recipe, such as configs/demo.py")
+    train.add_argument("--config", required=True, type=name, metavar="RECIPE", help="a name, such as demo, or a file")
     train.add_argument("--workdir", required=True, type=name, metavar="DIR", help="where checkpoints and metrics go")
     add_processes(train)
 
@@ -85,11 +87,11 @@ def parser() -> argparse.ArgumentParser:
         WEIGHTS_HELP + "\n\n" + CONFIG_HELP + "\n\nexamples:\n"
         "  cdetr evaluate --weights=runs/demo\n"
         "  cdetr evaluate --weights=hf://microsoft/conditional-detr-resnet-50 \\\n"
-        "      --config=configs/conditional_detr_r50.py",
+        "      --config=conditional_detr_r50",
     )
     add_weights(evaluate, "--weights", "--workdir", required=True)
     evaluate.add_argument(
-        "--config", type=name, metavar="FILE", help="recipe with the pictures to evaluate on; default: the run's own"
+        "--config", type=name, metavar="RECIPE", help="recipe with the pictures to evaluate on; default: the run's own"
     )
     evaluate.add_argument(
         "--report",
@@ -210,6 +212,13 @@ def parser() -> argparse.ArgumentParser:
         "--top-k", type=whole(1), metavar="K", help="detections a picture (default: the detector's own)"
     )
 
+    configs = add(
+        "configs",
+        "list the recipes that --config takes by name, or the fields of one",
+        "examples:\n  cdetr configs\n  cdetr configs conditional_detr_r50:108",
+    )
+    configs.add_argument("recipe", nargs="?", metavar="RECIPE", type=name, help="a name or file, to see all its fields")
+
     benchmark = add(
         "benchmark",
         "time a train step and the inference, or the reading of pictures, or compile",
@@ -223,14 +232,14 @@ def parser() -> argparse.ArgumentParser:
         "           memory, FLOPs, traffic, whether it fits and how fast it can be at\n"
         "           best. Needs no chip: with --topology a TPU's programs are compiled\n"
         "           on any Linux machine that has libtpu, in minutes each\n\n" + CONFIG_HELP + "\n\nexamples:\n"
-        "  cdetr benchmark --config=configs/conditional_detr_r50.py --size=480x640\n"
-        "  cdetr benchmark input --config=configs/conditional_detr_r50.py --step\n"
-        "  cdetr benchmark compile --config=configs/conditional_detr_r50.py \\\n"
+        "  cdetr benchmark --config=conditional_detr_r50 --size=480x640\n"
+        "  cdetr benchmark input --config=conditional_detr_r50 --step\n"
+        "  cdetr benchmark compile --config=conditional_detr_r50 \\\n"
         "      --topology=v5e:4x4 --shapes=800x1344",
     )
     benchmark.add_argument("what", nargs="?", choices=("step", "input", "compile"), default="step", help="see below")
     benchmark.add_argument(
-        "--config", required=True, type=name, metavar="FILE", help="recipe whose model, or data, is timed"
+        "--config", required=True, type=name, metavar="RECIPE", help="recipe whose model, or data, is timed"
     )
     benchmark.add_argument(
         "--batch",

@@ -2,9 +2,11 @@
 
 import ast
 import difflib
+import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -14,26 +16,47 @@ import ml_collections
 from absl import flags
 from absl import logging as absl_logging
 
+RECIPES = Path(__file__).parents[1] / "configs"  # in the repository a link to its folder configs
+
 
 def read_config(path: str, fields: list[str]) -> ml_collections.ConfigDict:
     """A recipe with the command line's changes.
 
     Args:
-      path: of a Python file with `get_config()`; what comes after a colon is handed to it, as in `detr_r50.py:75`.
+      path: of a Python file with `get_config()`, or the name of one of ours, such as `detr_r50`; what comes after a
+        colon is handed to it, as in `detr_r50:75` or `my/recipe.py:75`.
       fields: such as `--config.optimizer.lr=2e-4`.
     Raises: ValueError, FileNotFoundError, if the recipe cannot be read; see also `change_config`.
     """
-    name, colon, argument = path.rpartition(":") if ".py:" in path else (path, "", "")
-    file = Path(name)
+    name, colon, argument = path.rpartition(":") if re.search(r"(\.py|^\w+):[^/]*$", path) else (path, "", "")
+    is_ours = re.fullmatch(r"\w+", name) is not None
+    file = RECIPES / f"{name}.py" if is_ours else Path(name)
     if not file.is_file():
-        raise FileNotFoundError(f"there is no config {path}; the recipes are in the repository's folder configs/")
-    # A recipe may import its neighbours as `configs.common`, one elsewhere those of the repository that we are in.
-    sys.path[:0] = [str(file.resolve().parents[1]), os.getcwd()]
+        similar = difflib.get_close_matches(file.stem, recipe_names(), n=1)
+        meant = f"; did you mean --config={similar[0]}?" if similar else ""
+        raise FileNotFoundError(f"there is no config {path}{meant}; `cdetr configs` lists the recipes")
+    # A recipe imports its neighbours as `configs.common`, one elsewhere those of the folder that we are in, or ours.
+    if not is_ours:
+        sys.path[:0] = [str(file.resolve().parents[1]), os.getcwd()]
+    if is_ours or not _is_there("configs.common"):
+        sys.modules["configs"] = importlib.import_module("cdetr_jax.configs")
     try:
         config = _get_config(file.resolve(), [argument] if colon else [])
     except Exception as error:  # a recipe may do anything
         raise ValueError(f"{path} cannot be read: {_what_happened(error, file.resolve())}") from error
     return change_config(config, fields)
+
+
+def recipe_names() -> list[str]:
+    """What can be given to `read_config` instead of a path."""
+    return sorted(file.stem for file in RECIPES.glob("*.py") if file.stem not in ("__init__", "common"))
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _get_config(file: Path, arguments: list[str]) -> ml_collections.ConfigDict:
@@ -101,7 +124,7 @@ def _suggestion(field: str, known: list[str]) -> str:
         names = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in known], n=1)
         found = [name for name in known if name.rpartition(".")[2] in names]
     meant = " or ".join(f"--config.{name}" for name in found)
-    return f"did you mean {meant}?" if found else "configs/common.py lists the fields"
+    return f"did you mean {meant}?" if found else "`cdetr configs NAME` lists the fields"
 
 
 def _value(text: str, before: Any) -> Any:
