@@ -128,6 +128,7 @@ def make_step_functions(config: ml_collections.ConfigDict, num_classes: int, sch
     """Model, optimiser and losses of a config, as the pure functions of a step."""
     model, loss = config.model, config.loss
     focal = {"focal_alpha": loss.focal_alpha, "focal_gamma": loss.focal_gamma}
+    frozen = frozen_modules(model.backbone, model.frozen_stages)
     return StepFunctions(
         model=make_model(config, num_classes),
         optimizer=make_optimizer(
@@ -135,12 +136,13 @@ def make_step_functions(config: ml_collections.ConfigDict, num_classes: int, sch
             backbone_lr=schedules.backbone_lr,
             weight_decay=config.optimizer.weight_decay,
             clip_norm=config.optimizer.clip_norm,
-            frozen_modules=frozen_modules(model.backbone, model.frozen_stages),
+            frozen_modules=frozen,
         ),
         cost_settings=CostSettings(class_loss=model.class_loss, **config.matcher, **focal),
         loss_settings=LossSettings(class_loss=model.class_loss, **config.loss),
         ema_decay=config.optimizer.ema_decay,
         top_k=config.eval.top_k,
+        frozen_modules=frozen,
     )
 
 

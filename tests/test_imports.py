@@ -40,7 +40,8 @@ evaluation/postprocess
 evaluation/coco_eval
 visualization/draw visualization/curve visualization/page
 visualization/report
-training/optimizer training/step training/tensorboard training/ahead training/processes
+training/optimizer
+training/step training/tensorboard training/ahead training/processes
 training/parallel training/metrics training/feed training/stopping
 checkpoints/mismatch checkpoints/workdir
 checkpoints/io

@@ -26,6 +26,7 @@ from cdetr_jax.evaluation.postprocess import detect
 from cdetr_jax.losses.criterion import LossSettings, criterion
 from cdetr_jax.matching.cost import CostSettings, matching_cost
 from cdetr_jax.structs import Batch, Counts, Detections, Losses, Match, Predictions, Targets
+from cdetr_jax.training.optimizer import FROZEN, parameter_groups
 
 AXIS = "devices"
 
@@ -121,6 +122,10 @@ class StepMetrics:
     is_finite: Bool[Array, ""]
 
 
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
 @struct.dataclass
 class StepFunctions:
     """The pure functions of one configuration. See the module's docstring.
@@ -130,6 +135,7 @@ class StepFunctions:
       optimizer: see `make_optimizer`.
       ema_decay: 0 = no moving average.
       top_k: detections per picture.
+      frozen_modules: the optimizer's.
     """
 
     model: nn.Module = struct.field(pytree_node=False)
@@ -138,6 +144,7 @@ class StepFunctions:
     loss_settings: LossSettings = struct.field(pytree_node=False)
     ema_decay: float = struct.field(pytree_node=False)
     top_k: int = struct.field(pytree_node=False)
+    frozen_modules: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
     def init(self, rng: Array, image_shape: tuple[int, int]) -> TrainState:
         """A new state from `new_rng`'s key. `image_shape` (height, width in pixels) is traced, but changes nothing."""
@@ -201,7 +208,7 @@ class StepFunctions:
 
     def apply(self, state: TrainState, grads: Any, losses: Losses) -> tuple[TrainState, StepMetrics]:
         """One optimiser step with the summed gradients of its micro-batches, and its losses, to pass on."""
-        grads = jax.lax.pmean(grads, AXIS)
+        grads = self._of_all_devices(grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
@@ -211,6 +218,13 @@ class StepFunctions:
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves((losses, grad_norm))]).all()
         return new_state, StepMetrics(losses, grad_norm, is_finite)
+
+    def _of_all_devices(self, grads: Any) -> Any:
+        """The mean over devices. Frozen parameters, whose gradients are zero, are not sent around."""
+        groups = parameter_groups(grads, self.frozen_modules)
+        trained = jax.tree.map(lambda grad, group: None if group == FROZEN else grad, grads, groups)
+        trained = jax.lax.pmean(trained, AXIS)  # all at once; None is a tree without leaves
+        return jax.tree.map(lambda mean, grad: grad if mean is None else mean, trained, grads, is_leaf=_is_none)
 
     def detect(self, variables: Any, batch: Batch) -> Detections:
         """The evaluation step: the best detections in pixels of the original pictures."""

@@ -68,6 +68,7 @@ def make_functions(model, class_loss="focal", ema_decay=EMA_DECAY, frozen=()):
         loss_settings=LossSettings(class_weight=2.0, l1_weight=5.0, giou_weight=2.0, no_object_weight=0.1, **shared),
         ema_decay=ema_decay,
         top_k=10,
+        frozen_modules=frozen,
     )
 
 
@@ -375,6 +376,17 @@ def test_steps_with_dropout_repeat():
     jax.tree.map(np.testing.assert_array_equal, first[2], second[2])
     without = run(*make_trainer(2), [make_batch()], steps=2)
     assert not np.allclose(first[2]["heads"]["bias"], without[2]["heads"]["bias"])
+
+
+def test_only_gradients_of_what_is_trained_are_reduced():
+    functions = make_functions(StandIn(), frozen=("conv1",))
+    params = {"backbone": {"conv1": jnp.ones(3), "layer2": jnp.ones(5)}, "heads": jnp.ones((2, 7))}
+    state = TrainState(jnp.int32(0), params, {}, functions.optimizer.init(params), params, jnp.zeros(4, jnp.uint32))
+    losses = Losses(*[jnp.zeros(()) for _ in dataclasses.fields(Losses)])
+    made = jax.make_jaxpr(functions.apply, axis_env=[("devices", 2)])(state, params, losses)
+    reduced = [variable.aval.size for equation in made.eqns if equation.primitive.name.startswith("psum")
+               for variable in equation.invars]  # fmt: skip
+    assert sorted(reduced) == [5, 14]
 
 
 def test_detection_has_no_dropout_and_keeps_the_order():
