@@ -96,22 +96,51 @@ def _name_to_upload(path: "epath.Path") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def growing_list(path: str | os.PathLike) -> Iterator[Callable[[Sequence[Any]], None]]:
-    """Gives a function that adds items to a JSON list in a file; the list there is whole after every call.
+def growing_text(path: str | os.PathLike) -> Iterator[Callable[[str], None]]:
+    """Gives a function that adds text to a file; all of it is there after every call.
 
     So a process that is killed leaves what was added before. A remote file arrives when the block ends, in whatever
     way. What `path` held before is lost. Folders that are missing are made.
     Raises: ValueError, see `as_path`.
     """
+    with _local_name(path) as name, name.open("w", encoding="utf-8", buffering=1) as file:
+
+        def add(text: str) -> None:
+            file.write(text)
+            file.flush()
+
+        yield add
+
+
+@contextlib.contextmanager
+def _local_name(path: str | os.PathLike) -> Iterator[Path]:
+    """The path itself, in a folder that is there, or a local file that becomes the remote one when the block ends."""
     path = as_path(path)
-    if not isinstance(path, Path):
-        with tempfile.TemporaryDirectory() as folder, growing_list(Path(folder) / path.name) as add:
-            try:
-                yield add
-            finally:
-                path.write_bytes((Path(folder) / path.name).read_bytes())
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / path.name
+        try:
+            yield temporary
+        finally:
+            if temporary.exists():
+                path.write_bytes(temporary.read_bytes())
+
+
+@contextlib.contextmanager
+def growing_list(path: str | os.PathLike) -> Iterator[Callable[[Sequence[Any]], None]]:
+    """Gives a function that adds items to a JSON list in a file; the list there is whole after every call.
+
+    Otherwise as `growing_text`.
+    """
+    with _local_name(path) as name, _growing_list(name) as add:
+        yield add
+
+
+@contextlib.contextmanager
+def _growing_list(path: Path) -> Iterator[Callable[[Sequence[Any]], None]]:
     end = b"\n]\n"
     with path.open("wb", buffering=0) as file:
         length = file.write(b"[")  # without the end

@@ -1,6 +1,7 @@
 """A trained detector in a few lines: load a workdir, call it on a picture."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import numbers
@@ -52,6 +53,26 @@ class Objects:
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
         return f"<Objects: {self.summary()} in a picture of {width} x {height} pixels>"
+
+    def __getitem__(self, chosen: np.ndarray) -> "Objects":
+        """Some of them, by a mask [n] or by indices: `objects[objects.scores > 0.7]`."""
+        kept = np.arange(len(self))[chosen].reshape(-1)
+        return dataclasses.replace(
+            self,
+            boxes_xyxy_px=self.boxes_xyxy_px[kept],
+            scores=self.scores[kept],
+            class_ids=self.class_ids[kept],
+            names=[self.names[i] for i in kept],
+        )
+
+    def crops(self) -> list[Image.Image]:
+        """The part of the picture in each box, whole pixels, at least one."""
+        height, width = self.image.shape[:2]
+        crops = []
+        for left, top, right, bottom in self.boxes_xyxy_px:
+            x, y = min(int(left), width - 1), min(int(top), height - 1)
+            crops.append(Image.fromarray(self.image[y : max(round(bottom), y + 1), x : max(round(right), x + 1)]))
+        return crops
 
     def summary(self) -> str:
         """How many of which class, the best found first: "2 dog, 1 cat", or "nothing"."""
@@ -130,6 +151,21 @@ class Detector:
         if not isinstance(picture, (list, tuple, Iterator)):
             return self._find_all([_as_array(picture, "the picture")], threshold, 1)[0]
         return self._find_all((_as_array(one, f"picture {i}") for i, one in enumerate(picture)), threshold, batch_size)
+
+    def warm_up(self, batch_size: int = 1) -> None:
+        """Compiles the detector for all padded shapes, several at once, so that no later call has to.
+
+        Args:
+          batch_size: of the calls on lists that will come; single pictures are compiled for as well.
+        """
+
+        def compile_for(batch: int, shape_hw: tuple[int, int]) -> None:
+            sizes_hw = np.full((batch, 2), shape_hw, np.int32)
+            self._detect(self._variables, np.zeros((batch, *shape_hw, 3), np.uint8), sizes_hw, sizes_hw)
+
+        wanted = [(batch, tuple(shape_hw)) for shape_hw in self._preprocessing.shapes_hw for batch in {1, batch_size}]
+        with concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile") as threads:
+            list(threads.map(compile_for, *zip(*wanted, strict=True)))
 
     def _find_all(self, images: Iterable[np.ndarray], threshold: float, batch_size: int) -> list[Objects]:
         found: list[Objects | None] = []

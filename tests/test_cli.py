@@ -443,10 +443,10 @@ def test_predict_writes_over_nobodys_pictures(trained, pictures, capsys):
 def test_predict_keeps_what_it_has_when_it_fails(trained, pictures, capsys, monkeypatch):
     from cdetr_jax.inference import Detector
 
-    def find(self, image, threshold):
-        if image.shape[:2] == (30, 44):
+    def find(self, images, *arguments):
+        if images[0].shape[:2] == (30, 44):
             raise MemoryError("too large")
-        return call(self, image, threshold)
+        return call(self, images, *arguments)
 
     call = Detector.__call__
     monkeypatch.setattr(Detector, "__call__", find)
@@ -463,6 +463,87 @@ def test_ids_of_pictures_and_of_the_evaluation_set_differ(trained, pictures, cap
     results = json.loads((output / "predictions.json").read_text())
     assert {result["image_id"] for result in results if "same" in result["file_name"]} == {6}  # the set has 5
     assert {result["image_id"] for result in results} == {1, 2, 6}
+
+
+def test_predict_in_every_form(trained, pictures, capsys, monkeypatch):
+    """Pictures by a pattern and an address, in batches; only some classes, as lines, rows, texts and crops."""
+    import http.server
+    import threading
+
+    monkeypatch.chdir(pictures)
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        files = [f"{pictures}/???/same.png", f"{address}gray.png?size=1", f"{address}none.png", f"{pictures}/gray.png"]
+        options = ["--threshold=0", "--classes=ring,disc", "--save=jsonl,csv,yolo", "--crops", "--batch=3"]
+        error = fails(capsys, ["predict", f"--weights={trained}", f"--output={pictures}/o", *options, *files])
+        server.shutdown()
+    assert "1 of 5 pictures could not be read, see above" in error
+    lines = [json.loads(line) for line in (pictures / "o" / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["height"], line["width"]) for line in lines] == [(32, 40), (32, 40), (30, 44), (30, 44)]
+    objects = [(line["file_name"], found) for line in lines for found in line["objects"]]
+    assert {found["class_name"] for _, found in objects} == {"ring", "disc"}
+    header, *rows = (pictures / "o" / "predictions.csv").read_text().splitlines()
+    assert header == "file_name,class_id,class_name,score,left,top,right,bottom"
+    assert rows == [
+        ",".join(map(str, (name, o["class_id"], o["class_name"], o["score"], *o["box_xyxy"]))) for name, o in objects
+    ]
+    labels = pictures / "o" / "labels"
+    assert (labels / "classes.txt").read_text().split() == ["disc", "square", "triangle", "cross", "ring"]
+    for name, line in zip(("same", "same_2", "gray", "gray_2"), lines, strict=True):
+        for text, found in zip((labels / f"{name}.txt").read_text().splitlines(), line["objects"], strict=True):
+            number, x, y, width, height, score = map(float, text.split())
+            corners = np.array([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+            box = corners * np.tile([line["width"], line["height"]], 2)
+            np.testing.assert_allclose(box, found["box_xyxy"], atol=1e-4)  # six decimals of a fraction
+            assert number == {"disc": 0, "ring": 4}[found["class_name"]]
+            assert score == pytest.approx(found["score"], abs=1e-6)
+    assert len(list((pictures / "o" / "crops").glob("*.png"))) == len(objects)
+    assert not (pictures / "o" / "predictions.json").exists()
+    # The same boxes as one by one.
+    run(["predict", f"--weights={trained}", f"--output={pictures}/p", *options[:2], f"{pictures}/gray.png"])
+    alone = json.loads((pictures / "p" / "predictions.json").read_text())
+    np.testing.assert_allclose([o["score"] for o in alone], [o["score"] for o in lines[3]["objects"]], rtol=1e-5)
+
+
+def test_predict_does_not_know_a_class(trained, pictures, capsys):
+    command = ["predict", f"--weights={trained}", f"--output={pictures}/o", f"{pictures}/gray.png"]
+    assert "does not know 'rign'; did you mean ring?" in fails(capsys, [*command, "--classes=disc,rign"])
+
+
+def test_predict_in_a_video(trained, tmp_path, capsys):
+    av = pytest.importorskip("av")
+    path = tmp_path / "moving.mp4"
+    with av.open(str(path), "w") as video:
+        stream = video.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(5):
+            frame = np.full((48, 64, 3), 50 * i, np.uint8)
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        video.mux(stream.encode(None))
+    options = [f"--weights={trained}", "--threshold=0", "--batch=2"]
+    run(["predict", *options, f"--output={tmp_path}/o", str(path)])
+    assert "objects in 5 frames -> " in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "o" / "moving.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["time_s"] for line in lines] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert all(line["objects"] for line in lines)
+    with av.open(str(tmp_path / "o" / "moving.mp4")) as drawn:
+        assert sum(1 for _ in drawn.decode(video=0)) == 5
+    error = fails(capsys, ["predict", *options, f"--output={tmp_path}", str(path)])
+    assert f"{path} would be written over; name another --output" in error
+    (tmp_path / "broken.mp4").write_text("no video")
+    assert "cannot read this video" in fails(
+        capsys, ["predict", *options, f"--output={tmp_path}/o", f"{tmp_path}/broken.mp4"]
+    )
+
+
+def test_predict_in_a_video_without_a_reader(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.mp4").touch()
+    error = fails(capsys, ["predict", f"--weights={trained}", f"--output={tmp_path}/o", f"{tmp_path}/a.mp4"])
+    assert error.endswith("a.mp4 is a video: reading it needs `pip install cdetr_jax[video]`\n")
 
 
 def test_predict_above_every_score(trained, tmp_path, capsys):

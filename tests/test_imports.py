@@ -57,7 +57,7 @@ training/start
 training/evaluate
 training/loop
 inference
-cli/settings cli/arguments
+cli/settings cli/arguments cli/predict_video
 cli/processes
 cli/benchmark_input cli/benchmark_compile
 cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare cli/configs

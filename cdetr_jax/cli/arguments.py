@@ -12,6 +12,23 @@ def name(text: str) -> str:
     return text
 
 
+def names(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name(word).strip() for word in text.split(",")]
+
+
+def some_of(*choices: str) -> Callable[[str], list[str]]:
+    """Some of these, with commas between them."""
+
+    def read(text: str) -> list[str]:
+        words = [word.strip() for word in text.split(",")]
+        if not set(words) <= set(choices):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected one or more of {', '.join(choices)}")
+        return words
+
+    return read
+
+
 def whole(low: int, high: int = 1_000_000) -> Callable[[str], int]:
     """A whole number in a range."""
 

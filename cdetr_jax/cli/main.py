@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterable
 
-from cdetr_jax.cli.arguments import height_x_width, name, pictures_a_call, score, several_sizes, whole
+from cdetr_jax.cli.arguments import height_x_width, name, names, pictures_a_call, score, several_sizes, some_of, whole
 from cdetr_jax.cli.processes import add_processes
 
 # Epilogues are printed as they are: at most 79 characters a line.
@@ -134,7 +134,26 @@ def parser() -> argparse.ArgumentParser:
         help="also the first N pictures of the run's evaluation set",
     )
     predict.add_argument(
-        "pictures", nargs="*", type=name, metavar="PICTURE_OR_FOLDER", help="pictures, or folders of pictures"
+        "--classes", type=names, metavar="NAME,...", help="keep objects of these classes only (default: all)"
+    )
+    predict.add_argument(
+        "--save",
+        type=some_of("coco", "jsonl", "csv", "yolo"),
+        default=["coco"],
+        metavar="FORM,...",
+        help="how what was found is written: coco (predictions.json, the default), jsonl (a line a picture), csv (a "
+        "row an object), yolo (a text a picture, in labels/)",
+    )
+    predict.add_argument("--crops", action="store_true", help="also write each object as a picture, to crops/")
+    predict.add_argument(
+        "--batch", type=whole(1), metavar="N", help="pictures that run together (default: 8, on a CPU 1)"
+    )
+    predict.add_argument(
+        "pictures",
+        nargs="*",
+        type=name,
+        metavar="PICTURE",
+        help="pictures, videos, folders of them, patterns such as 'a/*.jpg', or addresses (https://...)",
     )
 
     convert = add(

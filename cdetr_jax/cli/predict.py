@@ -1,19 +1,28 @@
 """`cdetr predict`."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import csv
+import difflib
+import glob
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from cdetr_jax.cli.predict_video import VIDEOS, as_json_line, check_for_videos, find_in_video
 from cdetr_jax.cli.settings import set_up_logging
-from cdetr_jax.data.sources import PICTURE_ERRORS, BadPictureError, open_picture
-from cdetr_jax.files import as_path, growing_list, whole_file
+from cdetr_jax.data.sources import PICTURE_ERRORS, BadPictureError, is_address, open_picture
+from cdetr_jax.files import as_path, growing_list, growing_text, whole_file
 
 SHEET_PICTURES = 16
-RESULTS = "predictions.json"
+# Where what was found goes, by its form.
+RESULTS = {"coco": "predictions.json", "jsonl": "predictions.jsonl", "csv": "predictions.csv", "yolo": "labels"}
 SOFTWARE = "cdetr predict"  # what a drawing of ours says in its "Software" field
 
 
@@ -29,42 +38,48 @@ class _Input(NamedTuple):
 class _Names:
     """Names for what is written: each once, and none of a file that is there already and is not a drawing of ours."""
 
-    def __init__(self, output: Any, inputs: list[Path]):
-        self._output = output
+    def __init__(self, output: Any, inputs: list[Path], suffix: str = ".png"):
+        self._output, self._suffix = output, suffix
         self._taken: set[str] = set()
         self._inputs = {_identity(path) for path in inputs}
 
     def path(self, name: str) -> Any:
-        """Where to write a drawing that wants this name, without `.png`; a number is added where it is not free."""
+        """Where to write what wants this name, without its suffix; a number is added where it is not free."""
         number, unique = 1, name
-        while unique.casefold() in self._taken or self._is_theirs(self._output / f"{unique}.png"):
+        while unique.casefold() in self._taken or self._is_theirs(self._output / f"{unique}{self._suffix}"):
             number += 1
             unique = f"{name}_{number}"
         self._taken.add(unique.casefold())  # one file on some systems, whatever its letters' case
-        return self._output / f"{unique}.png"
+        return self._output / f"{unique}{self._suffix}"
 
     def is_input(self, path: Any) -> bool:
         """Whether this is one of the pictures, through a link or under another spelling, too."""
         return isinstance(path, Path) and path.exists() and _identity(path) in self._inputs
 
     def _is_theirs(self, path: Any) -> bool:
-        return path.exists() and (self.is_input(path) or not _is_drawing(path))
+        return self._suffix == ".png" and path.exists() and (self.is_input(path) or not _is_drawing(path))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draws the objects of each picture and writes predictions.json, both as they come.
+    """Draws the objects of each picture and writes what was found, both as they come.
 
     Raises: ValueError, after all pictures, if one of them could not be read, and at once if an argument is wrong;
-      FileNotFoundError, if there is none.
+      FileNotFoundError, if there is none; ModuleNotFoundError, for a video without PyAV.
     """
     output = as_path(arguments.output)
     files = _find(arguments.pictures, output)
     if not files and not arguments.from_eval:
         raise ValueError("name at least one picture or folder, or ask for some with --from-eval=N")
-    names = _Names(output, [path for path, _ in files])
-    if names.is_input(output / RESULTS):
-        raise ValueError(f"{output / RESULTS} is one of the pictures, and would be written over; name another --output")
+    names = _Names(output, [path for path, _ in files if isinstance(path, Path)])
+    for results in (output / name for name in RESULTS.values()):
+        if names.is_input(results):
+            raise ValueError(f"{results} is one of the pictures, and would be written over; name another --output")
+    videos = [path for path, _ in files if isinstance(path, Path) and path.suffix.lower() in VIDEOS]
+    if videos:
+        check_for_videos(videos, output)
     set_up_logging()
+    import jax
+
     from cdetr_jax.inference import Detector
     from cdetr_jax.visualization.draw import contact_sheet
     from cdetr_jax.weights.load import load_weights
@@ -74,41 +89,117 @@ def run(arguments: argparse.Namespace) -> None:
     inputs = [
         _Input(image_id, str(path), drawing, lambda path=path: open_picture(path))
         for image_id, (path, drawing) in enumerate(files, start=first_id)
+        if path not in videos
     ] + from_eval
     detector = Detector(weights)
+    chosen = _known_classes(arguments.classes, detector)
+    batch = arguments.batch or (1 if jax.default_backend() == "cpu" else 8)
+
+    def find(images: list[np.ndarray]) -> list[Any]:
+        found = detector(images, arguments.threshold, batch)
+        return found if chosen is None else [objects[np.isin(objects.names, chosen)] for objects in found]
+
+    for path in videos:
+        print(find_in_video(path, find, batch, output), flush=True)
+    if not inputs:
+        return
     sheet_path = names.path("sheet")
     sheet: list[Image.Image] = []
     num_objects, unreadable = 0, 0
-    with growing_list(output / RESULTS) as add_results:
-        for each in inputs:
+    class_names = [category.name for category in detector.classes if category is not None]
+    with _results_files(output, arguments.save, class_names) as add_results, _progress(len(inputs)) as progress:
+        # A few batches at a time, in which pictures of one padded shape come together.
+        for together in _parts(inputs, batch):
+            read: list[tuple[_Input, np.ndarray]] = []
+            for each in together:
+                try:
+                    read.append((each, each.load()))
+                except BadPictureError as error:
+                    progress.write(str(error))
+                    unreadable += 1
             try:
-                image = each.load()
-            except BadPictureError as error:
-                print(error, flush=True)
-                unreadable += 1
-                continue
-            try:
-                objects = detector(image, arguments.threshold)
+                found = find([image for _, image in read])
             except Exception as error:
-                height, width = image.shape[:2]
-                error.add_note(f"with {each.file_name}, {width} x {height} pixels")
+                sizes = (f"{each.file_name}, {image.shape[1]} x {image.shape[0]} pixels" for each, image in read)
+                error.add_note("with " + "; ".join(sizes))
                 raise
-            drawing, path = objects.draw(), names.path(each.drawing)
-            _save(drawing, path)
-            if len(sheet) < SHEET_PICTURES:
-                sheet.append(drawing)
-            add_results(_results(objects, each))
-            num_objects += len(objects)
-            print(f"{each.file_name}: {objects.summary()} -> {path}", flush=True)
+            for (each, _), objects in zip(read, found, strict=True):
+                drawing, path = objects.draw(), names.path(each.drawing)
+                _save(drawing, path)
+                if len(sheet) < SHEET_PICTURES:
+                    sheet.append(drawing)
+                if arguments.crops:
+                    for name, crop in zip(objects.names, objects.crops(), strict=True):
+                        _save(crop, names.path(f"crops/{each.drawing}_{_as_file_name(name)}"))
+                add_results(each, objects)
+                num_objects += len(objects)
+                progress.write(f"{each.file_name}: {objects.summary()} -> {path}")
+            progress.update(len(together))
     if len(sheet) > 1:
         _save(contact_sheet(sheet, columns=4), sheet_path)
         print(f"{len(sheet)} of the pictures on one sheet: {sheet_path}")
-    print(f"{num_objects} objects in {len(inputs) - unreadable} pictures: {output / RESULTS}")
+    written = ", ".join(str(output / RESULTS[form]) for form in arguments.save)
+    print(f"{num_objects} objects in {len(inputs) - unreadable} pictures: {written}")
     if unreadable:
         raise ValueError(f"{unreadable} of {len(inputs)} pictures could not be read, see above")
 
 
-def _results(objects: Any, each: _Input) -> list[dict[str, Any]]:
+def _parts(inputs: list[_Input], batch: int) -> list[list[_Input]]:
+    size = 1 if batch == 1 else 4 * batch
+    return [inputs[i : i + size] for i in range(0, len(inputs), size)]
+
+
+def _progress(total: int) -> Any:
+    """A bar on a terminal; `write` puts a line above it, in a file or pipe the line alone."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, unit="picture", disable=None)
+    bar.write = lambda text: tqdm.write(text, file=sys.stdout)
+    return bar
+
+
+def _known_classes(wanted: list[str] | None, detector: Any) -> list[str] | None:
+    """Raises ValueError at a name that the detector does not know."""
+    known = [category.name for category in detector.classes if category is not None]
+    for name in wanted or []:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {similar[0]}?" if similar else f"; it knows {', '.join(known[:8])}..."
+            raise ValueError(f"--classes: the detector does not know {name!r}{meant}")
+    return wanted
+
+
+@contextlib.contextmanager
+def _results_files(
+    output: Any, forms: Sequence[str], class_names: list[str]
+) -> Iterator[Callable[[_Input, Any], None]]:
+    """Gives a function that adds a picture's objects to the files that were asked for."""
+    with contextlib.ExitStack() as files:
+        adders: list[Callable[[_Input, Any], None]] = []
+        if "coco" in forms:
+            add_items = files.enter_context(growing_list(output / RESULTS["coco"]))
+            adders.append(lambda each, objects: add_items(_coco(objects, each)))
+        if "jsonl" in forms:
+            add_line = files.enter_context(growing_text(output / RESULTS["jsonl"]))
+            adders.append(lambda each, objects: add_line(as_json_line({"file_name": each.file_name}, objects)))
+        if "csv" in forms:
+            add_rows = files.enter_context(growing_text(output / RESULTS["csv"]))
+            add_rows("file_name,class_id,class_name,score,left,top,right,bottom\n")
+            adders.append(lambda each, objects: add_rows(_csv(objects, each)))
+        if "yolo" in forms:
+            with whole_file(output / RESULTS["yolo"] / "classes.txt") as temporary:
+                temporary.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+            labels = _Names(output / RESULTS["yolo"], [], ".txt")
+            adders.append(lambda each, objects: _write_yolo(labels.path(each.drawing), objects, class_names))
+
+        def add(each: _Input, objects: Any) -> None:
+            for adder in adders:
+                adder(each, objects)
+
+        yield add
+
+
+def _coco(objects: Any, each: _Input) -> list[dict[str, Any]]:
     """A picture's objects in COCO's results format, with the names beside the ids."""
     left_top, right_bottom = np.split(objects.boxes_xyxy_px.astype(np.float64), 2, axis=1)
     boxes_xywh = np.concatenate([left_top, right_bottom - left_top], axis=1)
@@ -124,6 +215,27 @@ def _results(objects: Any, each: _Input) -> list[dict[str, Any]]:
         }
         for class_id, box, score, name in zip(*columns, strict=True)
     ]
+
+
+def _csv(objects: Any, each: _Input) -> str:
+    text = io.StringIO()
+    columns = (objects.class_ids.tolist(), objects.names, objects.scores.tolist(), objects.boxes_xyxy_px.tolist())
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([each.file_name, *row, *box] for *row, box in zip(*columns, strict=True))
+    return text.getvalue()
+
+
+def _write_yolo(path: Any, objects: Any, class_names: list[str]) -> None:
+    """A line an object: class, counted from 0 in classes.txt; centre and size as fractions of the picture; score."""
+    height, width = objects.image.shape[:2]
+    left_top, right_bottom = np.split(objects.boxes_xyxy_px / np.array([width, height] * 2), 2, axis=1)
+    boxes_cxcywh = np.concatenate([(left_top + right_bottom) / 2, right_bottom - left_top], axis=1)
+    lines = [
+        " ".join([str(class_names.index(name)), *(f"{value:.6f}" for value in (*box, score))]) + "\n"
+        for name, score, box in zip(objects.names, objects.scores, boxes_cxcywh, strict=True)
+    ]
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _save(drawing: Image.Image, path: Any) -> None:
@@ -149,15 +261,24 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _find(arguments: list[str], output: Any) -> list[tuple[Path, str]]:
+def _find(arguments: list[str], output: Any) -> list[tuple[Path | str, str]]:
     """The pictures, and those inside of the folders without the output's; with a wish for the drawing's name.
 
-    A folder's own tree is kept in the drawings.
+    A folder's own tree is kept in the drawings. A pattern stands for what it matches, and an address for itself.
     """
-    extensions = tuple(Image.registered_extensions())
+    extensions = (*Image.registered_extensions(), *VIDEOS)
     own = output.resolve() if isinstance(output, Path) else None
-    found: list[tuple[Path, str]] = []
-    for path in map(Path, arguments):
+    found: list[tuple[Path | str, str]] = []
+    words: list[Path | str] = []
+    for word in arguments:
+        if is_address(word):
+            words.append(word)
+        else:
+            words += map(Path, [word] if Path(word).exists() else sorted(glob.glob(word, recursive=True)) or [word])
+    for path in words:
+        if isinstance(path, str):
+            found.append((path, _as_file_name(Path(path.partition("?")[0]).stem) or "picture"))
+            continue
         if path.is_dir():
             if own is not None and own.exists() and own.samefile(path):
                 raise ValueError(
@@ -179,6 +300,10 @@ def _find(arguments: list[str], output: Any) -> list[tuple[Path, str]]:
         else:
             raise FileNotFoundError(f"there is no picture or folder {path}")
     return found
+
+
+def _as_file_name(text: str) -> str:
+    return re.sub(r"[^-.\w]+", "_", text)
 
 
 def _from_evaluation(weights: Any, count: int) -> tuple[list[_Input], int]:

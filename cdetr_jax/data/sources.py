@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import io
 import json
 import logging
 import os
@@ -91,13 +92,29 @@ def rgb_image(image: Image.Image) -> Image.Image:
 def open_picture(path: str | Path) -> np.ndarray:
     """Reads a picture that has no annotation, turned the way its EXIF tag says: uint8 [H, W, 3] RGB.
 
-    Raises: BadPictureError, if the file is missing or cannot be decoded.
+    Args:
+      path: of a file, or an address that starts with http:// or https://.
+    Raises: BadPictureError, if it is missing or cannot be decoded.
     """
     try:
-        with open_checked(path) as image:
+        with open_checked(_download(path) if is_address(path) else path) as image:
             return decode_rgb(ImageOps.exif_transpose(image))
     except PICTURE_ERRORS as error:
         raise bad_picture(path, error) from error
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether something is to be fetched from the web."""
+    return str(path).startswith(("http://", "https://"))
+
+
+def _download(address: str) -> IO[bytes]:
+    """Raises OSError."""
+    import urllib.request
+
+    request = urllib.request.Request(address, headers={"User-Agent": "cdetr_jax"})  # some refuse Python's own
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return io.BytesIO(answer.read())
 
 
 def open_checked(file: str | Path | IO[bytes]) -> Image.Image:

@@ -894,6 +894,17 @@ def test_objects_are_one_line():
     assert repr(NOTHING) == "<Objects: nothing in a picture of 7 x 5 pixels>"
 
 
+def test_some_of_the_objects_and_their_crops():
+    ring = FOUND[np.array(FOUND.names) == "ring"]
+    assert (ring.names, ring.class_ids.tolist(), ring.scores.tolist()) == (["ring"], [8], [0.5])
+    np.testing.assert_array_equal(ring.boxes_xyxy_px, FOUND.boxes_xyxy_px[1:])
+    assert len(FOUND[FOUND.scores > 0.9]) == 0
+    assert FOUND[[1, 0]].names == ["ring", "disc"]
+    for crop, (left, top, right, bottom) in zip(FOUND.crops(), FOUND.boxes_xyxy_px, strict=True):
+        assert crop.size == (round(right) - int(left), round(bottom) - int(top))
+    assert NOTHING.crops() == []
+
+
 def test_without_supervision_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ModuleNotFoundError, match="needs the supervision package: install it with `pip install superv"):
