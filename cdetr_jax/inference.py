@@ -10,16 +10,21 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
+from cdetr_jax import boxes
 from cdetr_jax.data.plan import smallest_shape
 from cdetr_jax.data.sources import PICTURE_ERRORS, bad_picture, decode_rgb, open_picture
 from cdetr_jax.data.transforms import resize_for_evaluation
 from cdetr_jax.device_memory import must_fit
-from cdetr_jax.evaluation.postprocess import detect
+from cdetr_jax.evaluation.attention_maps import PARTS, Attending, attending, attention_maps
+from cdetr_jax.evaluation.postprocess import class_probs, detect
 from cdetr_jax.structs import Detections
+from cdetr_jax.visualization.attention import Attention
 from cdetr_jax.visualization.draw import draw_boxes
 from cdetr_jax.weights.load import Weights, load_weights
 from cdetr_jax.weights.torch_files import HUB_PREFIX
@@ -109,7 +114,8 @@ class Detector:
         self.classes = weights.classes
         self._preprocessing = weights.preprocessing
         self._variables = jax.device_put(weights.variables)
-        self._detect = jax.jit(functools.partial(detect, weights.make_model(), top_k=weights.top_k))
+        self._model = weights.make_model()
+        self._detect = jax.jit(functools.partial(detect, self._model, top_k=weights.top_k))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, checkpoint: str = "best") -> "Detector":
@@ -167,6 +173,86 @@ class Detector:
         with concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile") as threads:
             list(threads.map(compile_for, *zip(*wanted, strict=True)))
 
+    def attention(
+        self,
+        picture: Picture,
+        query: str | int | Sequence[float] = "best",
+        *,
+        threshold: float = 0.5,
+        objects: int = 3,
+        point: Sequence[float] | None = None,
+    ) -> Attention:
+        """Where the detector looks in a picture when it finds an object, in every layer and head.
+
+        Args:
+          picture: as in a call.
+          query: "best": the best queries with a score of at least `threshold`, at most so many `objects`, or the best
+            one if there is none; a query's number; or a box, left, top, right, bottom in pixels: of the queries whose
+            box has an IoU of 0.5 or more with it the one with the best score, else the one with the highest IoU.
+          point: (x, y) in pixels: the encoder's self-attention from there instead.
+        Returns: maps of the decoder's cross-attention (or the encoder's self-attention); `draw` shows them.
+        Raises: as a call; ValueError, if there is no such query, or the point is outside of the picture.
+        """
+        image = _as_array(picture, "the picture")
+        size_px = np.array(image.shape[1::-1])
+        if point is not None:
+            point = _numbers(point, 2, "point")
+            if not (point == point.clip(0, size_px)).all():
+                raise ValueError(
+                    f"point is {point.tolist()}, expected one in the picture of {size_px[0]} x {size_px[1]} pixels"
+                )
+            if not self._model.encoder_layers:
+                raise ValueError("this detector has no encoder layer, so there is no attention from a point")
+        side = "decoder" if point is None else "encoder"
+        padded, sizes_hw = self._padded(image)
+        with must_fit(*padded.shape[:3], "use a device with more, or JAX_PLATFORMS=cpu"):
+            predicted, attends = _attend(self._model, self._variables, padded, sizes_hw)
+            (probs, boxes_xyxy, points_xy), is_pad = jax.device_get((predicted, attends[side].is_pad[0]))
+            grid_hw = np.array([(~is_pad).any(1).sum(), (~is_pad).any(0).sum()])  # without the padding
+            size_in_cells = sizes_hw[0] * is_pad.shape / padded.shape[1:3]
+            probs = np.where([category is not None for category in self.classes[: probs.shape[-1]]], probs[0], -1)
+            boxes_xyxy_px = (boxes_xyxy[0] * np.tile(size_px, 2)).clip(0, np.tile(size_px, 2)).astype(np.float32)
+            if point is None:
+                queries = _chosen_queries(query, probs.max(1), boxes_xyxy_px, threshold, objects)
+            else:
+                row, column = np.minimum(np.round(point[::-1] / size_px[::-1] * size_in_cells), grid_hw - 1).astype(int)
+                queries = [int(row * is_pad.shape[1] + column)]  # of the nearest cell, see `cell_sides`
+            maps = [jax.device_get(_attention_maps(self._model, attends[side], np.array([[i]])))[0] for i in queries]
+        maps = np.concatenate(maps, axis=2)[..., : grid_hw[0], : grid_hw[1]].astype(np.float32)
+        if point is None:
+            labels = probs[queries].argmax(1)
+            of_queries = {
+                "boxes_xyxy_px": boxes_xyxy_px[queries],
+                "scores": probs[queries].max(1),
+                "names": [self.classes[label].name for label in labels],
+                "points_xy_px": (points_xy[queries] * size_px).astype(np.float32),
+            }
+        else:
+            of_queries = {
+                "boxes_xyxy_px": np.full((1, 4), np.nan, np.float32),
+                "scores": np.full(1, np.nan, np.float32),
+                "names": [""],
+                "points_xy_px": point[None].astype(np.float32),
+            }
+        return Attention(
+            image=image,
+            side=side,
+            model="Conditional DETR" if self._model.decoder == "conditional" else "DETR",
+            **dict(zip(PARTS, maps, strict=True)),
+            size_in_cells=tuple(size_in_cells.tolist()),
+            queries=np.array(queries),
+            **of_queries,
+        )
+
+    def _padded(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The resized picture as a batch of one, padded, and its height and width [1, 2]."""
+        sides = self._preprocessing
+        resized = resize_for_evaluation(image, sides.short_side_px, sides.long_side_max_px, sides.shapes_hw)
+        shape_hw = smallest_shape(np.array([resized.shape[:2]]), sides.shapes_hw)[0]
+        padded = np.zeros((1, *shape_hw, 3), np.uint8)
+        padded[0, : resized.shape[0], : resized.shape[1]] = resized
+        return padded, np.array([resized.shape[:2]], np.int32)
+
     def _find_all(self, images: Iterable[np.ndarray], threshold: float, batch_size: int) -> list[Objects]:
         found: list[Objects | None] = []
         waiting = collections.defaultdict(list)  # by padded shape
@@ -218,6 +304,51 @@ class Detector:
             names=[category.name for category in categories],
             class_names=[category.name for category in self.classes if category is not None],
         )
+
+
+_attention_maps = jax.jit(attention_maps, static_argnames="model")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _attend(model: nn.Module, variables: Any, images: Any, sizes_hw: Any) -> tuple[Any, dict[str, Attending]]:
+    """Class scores [B, Q, K], boxes xyxy [B, Q, 4] and reference points [Q, 2] of the last layer, and `attending`."""
+    stages, attends = attending(model, variables, images, sizes_hw)
+    logits, boxes_cxcywh = stages.predictions.logits[-1], stages.predictions.boxes_cxcywh[-1]
+    has_points = model.decoder == "conditional" or model.box_offset
+    points_xy = jax.nn.sigmoid(stages.reference_points) if has_points else stages.reference_points * jnp.nan
+    return (class_probs(logits, model.class_loss), boxes.cxcywh_to_xyxy(boxes_cxcywh), points_xy), attends
+
+
+def _chosen_queries(
+    query: Any, scores: np.ndarray, boxes_xyxy_px: np.ndarray, threshold: float, objects: int
+) -> list[int]:
+    """See `Detector.attention`."""
+    if isinstance(query, str):
+        if query != "best":
+            raise ValueError(f"query is {query!r}, expected 'best', a query's number or a box of four numbers")
+        order = np.argsort(-scores, kind="stable")[:objects]
+        return [i for i in order.tolist() if scores[i] >= threshold] or order[:1].tolist()
+    if isinstance(query, numbers.Integral):
+        if not 0 <= query < len(scores):
+            raise ValueError(f"query is {query}, expected a number from 0 to {len(scores) - 1}, or 'best', or a box")
+        return [int(query)]
+    box = _numbers(query, 4, "query")
+    if not (box[:2] <= box[2:]).all():
+        raise ValueError(f"query is {box.tolist()}, expected left, top, right, bottom of a box in pixels")
+    iou = np.asarray(boxes.iou_and_union(jnp.asarray(boxes_xyxy_px), jnp.asarray(box[None], boxes_xyxy_px.dtype))[0])
+    fits = iou >= 0.5
+    return [int(np.argmax(np.where(fits, scores, 0) if fits.any() else iou))]
+
+
+def _numbers(values: Any, count: int, name: str) -> np.ndarray:
+    """The values as an array of so many numbers."""
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.shape != (count,) or not np.isfinite(array).all():
+        raise ValueError(f"{name} is {values!r}, expected {count} numbers, in pixels")
+    return array
 
 
 def _as_array(picture: Picture, name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import huggingface_hub
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import cdetr_jax
+from cdetr_jax import boxes
 from cdetr_jax.cli.main import keep_compiled_programs, run
 from cdetr_jax.evaluation.coco_eval import SUMMARY
 from cdetr_jax.models import resnet
@@ -97,6 +99,10 @@ def test_commands_keep_what_they_compile(folder, monkeypatch):
         (["benchmark"], ["--config RECIPE", "--batch N", "--size HxW", "--targets N", "--steps N"]),
         (["prepare"], ["--dataset NAME", "--archives"]),
         (["export"], ["--size HxW"]),
+        (
+            ["attention"],
+            ["--weights SOURCE", "--point X,Y", "--measure", "--query WHICH", "[layers, heads, rows, columns]"],
+        ),
     ],
 )
 def test_help(command, expected, capsys, monkeypatch):
@@ -141,7 +147,7 @@ DEMO = "--config=configs/demo.py"
     [
         (
             [],
-            "name a command: train, evaluate, predict, convert, prepare, export, configs, benchmark; see",
+            "name a command: train, evaluate, predict, attention, convert, prepare, export, configs, benchmark; see",
         ),
         (["trian"], "unknown command 'trian'; did you mean train?; see"),
         (["train", "--workdri=w"], "unknown argument '--workdri=w'; did you mean --workdir?; see `cdetr train --help`"),
@@ -155,6 +161,12 @@ DEMO = "--config=configs/demo.py"
             ["predict", "--workdir=w", "--output=o", "--threshold=half"],
             "argument --threshold: 'half', expected a score",
         ),
+        (["attention", "--weights=w", "--output=o", "--query=1,2"], "'1,2', expected best, a query's number, or a box"),
+        (
+            ["attention", "--weights=w", "--output=o", "--point=1"],
+            "'1', expected a point x,y in pixels, such as 120,80",
+        ),
+        (["attention", "--weights=w", "--output=o", "--head=-1"], "'-1', expected all, mean, or a head's number"),
         (["evaluate", "--workdir=w", "--checkpoint=first"], "argument --checkpoint: invalid choice: 'first'"),
         (["evaluate", "--checkpoint=best"], "the following arguments are required: --weights/--workdir"),
         (["convert", "w", "folder"], "the following arguments are required: --to"),
@@ -438,6 +450,109 @@ def test_predict_writes_over_nobodys_pictures(trained, pictures, capsys):
     error = fails(capsys, [*run_predict, str(pictures / "predictions.json")])
     assert "predictions.json is one of the pictures, and would be written over; name another --output" in error
     assert {path: path.read_bytes() for path in before} == before
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+
+
+def attention(workdir, output, *arguments):
+    return ["attention", f"--weights={workdir}", f"--output={output}", "--checkpoint=latest", *arguments]
+
+
+def test_attention_draws_a_sheet_an_object_and_keeps_its_maps(trained, tmp_path, capsys):
+    run(attention(trained, tmp_path, f"--weights={trained}", "--from-eval=1", "--objects=2", "--threshold=0"))
+    assert "2 sheets of 1 pictures, with their maps as .npz" in capsys.readouterr().out
+    sheets = sorted(tmp_path.glob("*.png"))
+    assert len(list(tmp_path.iterdir())) == 4
+    for sheet in sheets:
+        with Image.open(sheet) as image:
+            image.load()
+        maps = np.load(sheet.with_suffix(".npz"))
+        number = int(maps["query"])
+        assert sheet.name == f"eval_synthetic-1-0_query{number}.png"
+        assert 0 < maps["score"] < 1
+        assert (str(maps["side"]), str(maps["model"])) == ("decoder", "Conditional DETR")
+        rows, columns = np.ceil(maps["size_in_cells"]).astype(int)  # 64 x 51 pixels of 64 x 64
+        assert (rows, columns) == (2, 2)
+        for name in ("spatial", "content", "combined"):
+            assert maps[name].shape == (2, 2, rows, columns)  # layers, heads
+            np.testing.assert_allclose(maps[name].sum((-1, -2)), 1, rtol=1e-6)
+        x, y = maps["point_xy_px"]
+        assert 0 < x < 40
+        assert 0 < y < 32
+        np.testing.assert_allclose(maps["box_xyxy_px"], maps["box_xyxy_px"].clip(0, [40, 32, 40, 32]))
+        assert {name for name in maps if name.endswith("_2")} == {f"{name}_2" for name in maps if name[-2:] != "_2"}
+
+
+def test_attention_of_a_chosen_query_a_box_and_a_point(trained):
+    detector = cdetr_jax.Detector.from_pretrained(trained)
+    picture = np.full((32, 40, 3), 77, np.uint8)
+    best = detector.attention(picture, threshold=0, objects=7)
+    assert sorted(best.queries.tolist()) == list(range(7))
+    assert (np.diff(best.scores) <= 0).all()
+    assert len(detector.attention(picture, threshold=1)) == 1  # at least the best
+    one = detector.attention(picture, query=3)
+    place = best.queries.tolist().index(3)
+    np.testing.assert_array_equal(one.combined[:, 0], best.combined[:, place])
+    assert one.title(0) == best.title(place)
+    of_box = detector.attention(picture, query=one.boxes_xyxy_px[0])
+    fits = boxes.iou_and_union(*map(jnp.asarray, (best.boxes_xyxy_px, one.boxes_xyxy_px)))[0] >= 0.5
+    assert of_box.queries == best.queries[fits.argmax()]  # the best score of those that overlap
+    point = detector.attention(picture, point=(39.5, 31))
+    assert point.queries == 3  # the lower right one of 2 x 2 cells
+    assert point.spatial.shape == (1, 1, 2, 2, 2)
+    assert np.isnan(point.scores)
+    for arguments, message in (
+        ({"query": 7}, "query is 7, expected a number from 0 to 6, or 'best', or a box"),
+        ({"query": "worst"}, "query is 'worst', expected 'best'"),
+        ({"query": (1, 2, 3)}, "query is .*, expected 4 numbers"),
+        ({"query": (9, 9, 3, 12)}, "expected left, top, right, bottom of a box in pixels"),
+        ({"point": (41, 3)}, "expected one in the picture of 40 x 32 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            detector.attention(picture, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from-eval=1", "--layer=2"], "layer is 2, expected 0 to 1, or -1 for the last one"),
+        ([], "name at least one picture or folder, or ask for some with --from-eval=N"),
+        (["missing.png"], "there is no picture or folder missing.png"),
+        (["missing.png", "--measure"], "--measure takes a whole evaluation set; leave out pictures"),
+        (["--from-eval=1", "--config=demo"], "demo is for --measure, which is not asked for"),
+        (
+            ["--measure", "--threshold=1"],
+            "objects is detected with a score of 1 and an IoU of 0.5, so there is nothing",
+        ),
+    ],
+)
+def test_attention_that_there_is_not(trained, arguments, message, tmp_path, capsys):
+    error = fails(capsys, attention(trained, tmp_path, *arguments))
+    assert error.startswith("cdetr attention: error: ")
+    assert message in error
+
+
+def test_attention_is_measured(trained, tmp_path, capsys, monkeypatch):
+    """Of every object, as nothing is detected after two steps."""
+    monkeypatch.setattr("cdetr_jax.training.attention.MIN_IOU", 0.0)
+    run(attention(trained, tmp_path, "--measure", "--threshold=0"))
+    lines = capsys.readouterr().out.splitlines()
+    [measure] = json.loads((tmp_path / "attention.json").read_text())
+    objects = measure["objects"]
+    assert objects == measure["annotated"] > 4
+    assert f"spatial attention at {objects} of {objects} objects" in lines[0]
+    assert lines[2].split()[0] == "uniform"
+    assert len([line for line in lines[3:] if line.endswith("%")]) == 2 * 2  # layers, heads
+    assert [(row["part"], row["layer"], row["head"]) for row in measure["rows"][:3]] == [
+        ("spatial", 0, 0),
+        ("spatial", 0, 1),
+        ("spatial", 1, 0),
+    ]
+    for row in measure["rows"]:
+        assert 0.2 <= row["consistency"] <= 1
+        assert 0 <= row["middle"] <= row["box"] <= 1
+    assert len((tmp_path / "attention.csv").read_text().splitlines()) == 1 + 3 * 2 * 2
 
 
 def test_predict_keeps_what_it_has_when_it_fails(trained, pictures, capsys, monkeypatch):

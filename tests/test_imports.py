@@ -36,10 +36,10 @@ data/transforms
 data/workers
 data/reader
 data/pipeline
-evaluation/postprocess
+evaluation/postprocess evaluation/attention_maps
 evaluation/coco_eval
 visualization/draw visualization/curve visualization/page
-visualization/report
+visualization/report visualization/attention
 training/optimizer
 training/step training/tensorboard training/ahead training/processes
 training/parallel training/metrics training/feed training/stopping
@@ -49,18 +49,20 @@ weights/torch_convert weights/torch_files
 weights/architecture
 weights/load
 weights/start weights/save
+inference
 onnx_convert
 export
 config_check
 build
 training/start
 training/evaluate
+training/attention
 training/loop
-inference
 cli/settings cli/arguments cli/predict_video
 cli/processes
 cli/benchmark_input cli/benchmark_compile
 cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare cli/configs
+cli/attention
 cli/main
 """
 RANK = {
@@ -117,7 +119,7 @@ def test_no_file_imports_one_below_it(name):
 )
 def test_the_walk_sees_a_wrong_import(source):
     assert downward("cdetr_jax.boxes", source) == ["cdetr_jax.training.loop"]
-    assert downward("cdetr_jax.inference", source) == []
+    assert downward("cdetr_jax.cli.train", source) == []
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)

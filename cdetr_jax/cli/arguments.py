@@ -67,6 +67,34 @@ def score(text: str) -> float:
     return value
 
 
+def point(text: str) -> tuple[float, ...]:
+    """x,y in pixels."""
+    return _pixels(text, 2, "a point x,y in pixels, such as 120,80")
+
+
+def query(text: str) -> str | int | tuple[float, ...]:
+    """The best ones, a query's number, or a box."""
+    if text == "best":
+        return text
+    if re.fullmatch(r"\d{1,6}", text):
+        return int(text)
+    return _pixels(text, 4, "best, a query's number, or a box left,top,right,bottom in pixels")
+
+
+def _pixels(text: str, count: int, expected: str) -> tuple[float, ...]:
+    words = text.split(",")
+    if len(words) != count or not all(re.fullmatch(r"-?\d{1,6}(\.\d*)?", word) for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
+    return tuple(map(float, words))
+
+
+def head(text: str) -> str | int:
+    """Of an attention."""
+    if not re.fullmatch(r"all|mean|\d{1,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected all, mean, or a head's number, from 0")
+    return text if text in ("all", "mean") else int(text)
+
+
 def height_x_width(text: str) -> tuple[int, int]:
     """Of a padded picture, in pixels."""
     sides = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)

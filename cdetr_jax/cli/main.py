@@ -10,7 +10,19 @@ import threading
 import traceback
 from collections.abc import Iterable
 
-from cdetr_jax.cli.arguments import height_x_width, name, names, pictures_a_call, score, several_sizes, some_of, whole
+from cdetr_jax.cli.arguments import (
+    head,
+    height_x_width,
+    name,
+    names,
+    pictures_a_call,
+    point,
+    query,
+    score,
+    several_sizes,
+    some_of,
+    whole,
+)
 from cdetr_jax.cli.processes import add_processes
 
 # Epilogues are printed as they are: at most 79 characters a line.
@@ -154,6 +166,71 @@ def parser() -> argparse.ArgumentParser:
         type=name,
         metavar="PICTURE",
         help="pictures, videos, folders of them, patterns such as 'a/*.jpg', or addresses (https://...)",
+    )
+
+    attention = add(
+        "attention",
+        "draw where a detector looks when it finds an object, or measure it",
+        "DIR gets a sheet for each object, as the paper's figures 1 and 4: columns are\n"
+        "heads; rows are the attention's spatial part, its content part, and both\n"
+        "combined, which is what the detector used. Box and reference point are drawn.\n"
+        "With a second --weights its rows are below the first's, with the query that\n"
+        "fits the same object. Beside each sheet a .npz holds the maps of all layers:\n"
+        "spatial, content, combined [layers, heads, rows, columns], size_in_cells (the\n"
+        "picture's height and width; the last cells may reach over its sides), query,\n"
+        "box_xyxy_px, score, name, point_xy_px, side, model; of the second weights with\n"
+        "_2 at the end. Pictures, folders and names of drawings: as `cdetr predict`.\n\n"
+        "--measure prints how much of each head's spatial attention is near each side of\n"
+        "an object's box and in its middle, beside what a uniform map has, and writes\n"
+        "attention.json and attention.csv with all parts. It takes --config and fields\n"
+        "as `cdetr evaluate` does.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
+        "  cdetr attention --weights=runs/demo --from-eval=4 --output=looks\n"
+        "  cdetr attention --weights=runs/detr --weights=runs/demo --from-eval=4 \\\n"
+        "      --head=all --layer=0 --output=looks\n"
+        "  cdetr attention --weights=runs/demo street.jpg --query=40,60,200,180 \\\n"
+        "      --output=looks\n"
+        "  cdetr attention --weights=runs/demo --measure --output=looks",
+    )
+    add_weights(attention, "--weights", required=True, action="append")
+    attention.add_argument(
+        "--output", required=True, type=name, metavar="DIR", help="where all of it goes; made if missing"
+    )
+    attention.add_argument(
+        "--layer", type=whole(-100, 99), default=-1, metavar="K", help="from 0; -1: the last one (default)"
+    )
+    attention.add_argument(
+        "--head", type=head, default="all", metavar="K", help="from 0; all and their mean (default); mean"
+    )
+    attention.add_argument(
+        "--query",
+        type=query,
+        default="best",
+        metavar="WHICH",
+        help="best: of the best detections (default); a query's number; left,top,right,bottom of a box in pixels: the "
+        "query that fits it best",
+    )
+    attention.add_argument(
+        "--threshold", type=score, default=0.5, metavar="SCORE", help="lowest score of a detection (default: 0.5)"
+    )
+    attention.add_argument(
+        "--objects", type=whole(1), default=3, metavar="N", help="best: at most so many a picture (default: 3)"
+    )
+    attention.add_argument(
+        "--point", type=point, metavar="X,Y", help="the encoder's self-attention from this pixel, instead of a query"
+    )
+    attention.add_argument(
+        "--from-eval",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="also the first N pictures of the run's evaluation set",
+    )
+    attention.add_argument("--measure", action="store_true", help="measure over the evaluation set; draw nothing")
+    attention.add_argument(
+        "--config", type=name, metavar="FILE", help="measure: recipe with the pictures to measure on"
+    )
+    attention.add_argument(
+        "pictures", nargs="*", type=name, metavar="PICTURE", help="pictures, folders of them, patterns, or addresses"
     )
 
     convert = add(
@@ -315,7 +392,7 @@ def keep_compiled_programs() -> None:
 
 
 USERS_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError, MemoryError)
-TAKES_CONFIG_FIELDS = ("train", "evaluate", "benchmark")
+TAKES_CONFIG_FIELDS = ("train", "evaluate", "attention", "benchmark")
 
 
 def _check_names(main: argparse.ArgumentParser, argv: list[str]) -> None:

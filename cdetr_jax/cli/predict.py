@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import functools
 import glob
 import io
 import re
@@ -26,7 +27,7 @@ RESULTS = {"coco": "predictions.json", "jsonl": "predictions.jsonl", "csv": "pre
 SOFTWARE = "cdetr predict"  # what a drawing of ours says in its "Software" field
 
 
-class _Input(NamedTuple):
+class PictureInput(NamedTuple):
     """A picture: its id in predictions.json, what it is called, the wish for its drawing's name, how it is read."""
 
     image_id: int
@@ -35,7 +36,7 @@ class _Input(NamedTuple):
     load: Callable[[], np.ndarray]
 
 
-class _Names:
+class Names:
     """Names for what is written: each once, and none of a file that is there already and is not a drawing of ours."""
 
     def __init__(self, output: Any, inputs: list[Path], suffix: str = ".png"):
@@ -67,10 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
       FileNotFoundError, if there is none; ModuleNotFoundError, for a video without PyAV.
     """
     output = as_path(arguments.output)
-    files = _find(arguments.pictures, output)
+    files = find_pictures(arguments.pictures, output)
     if not files and not arguments.from_eval:
         raise ValueError("name at least one picture or folder, or ask for some with --from-eval=N")
-    names = _Names(output, [path for path, _ in files if isinstance(path, Path)])
+    names = Names(output, [path for path, _ in files if isinstance(path, Path)])
     for results in (output / name for name in RESULTS.values()):
         if names.is_input(results):
             raise ValueError(f"{results} is one of the pictures, and would be written over; name another --output")
@@ -85,12 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
     from cdetr_jax.weights.load import load_weights
 
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
-    from_eval, first_id = _from_evaluation(weights, arguments.from_eval)
-    inputs = [
-        _Input(image_id, str(path), drawing, lambda path=path: open_picture(path))
-        for image_id, (path, drawing) in enumerate(files, start=first_id)
-        if path not in videos
-    ] + from_eval
+    inputs = picture_inputs(weights, files, arguments.from_eval)
+    inputs = [each for each in inputs if each.file_name not in map(str, videos)]
     detector = Detector(weights)
     chosen = _known_classes(arguments.classes, detector)
     batch = arguments.batch or (1 if jax.default_backend() == "cpu" else 8)
@@ -110,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
     with _results_files(output, arguments.save, class_names) as add_results, _progress(len(inputs)) as progress:
         # A few batches at a time, in which pictures of one padded shape come together.
         for together in _parts(inputs, batch):
-            read: list[tuple[_Input, np.ndarray]] = []
+            read: list[tuple[PictureInput, np.ndarray]] = []
             for each in together:
                 try:
                     read.append((each, each.load()))
@@ -125,18 +122,18 @@ def run(arguments: argparse.Namespace) -> None:
                 raise
             for (each, _), objects in zip(read, found, strict=True):
                 drawing, path = objects.draw(), names.path(each.drawing)
-                _save(drawing, path)
+                save_drawing(drawing, path)
                 if len(sheet) < SHEET_PICTURES:
                     sheet.append(drawing)
                 if arguments.crops:
                     for name, crop in zip(objects.names, objects.crops(), strict=True):
-                        _save(crop, names.path(f"crops/{each.drawing}_{_as_file_name(name)}"))
+                        save_drawing(crop, names.path(f"crops/{each.drawing}_{_as_file_name(name)}"))
                 add_results(each, objects)
                 num_objects += len(objects)
                 progress.write(f"{each.file_name}: {objects.summary()} -> {path}")
             progress.update(len(together))
     if len(sheet) > 1:
-        _save(contact_sheet(sheet, columns=4), sheet_path)
+        save_drawing(contact_sheet(sheet, columns=4), sheet_path)
         print(f"{len(sheet)} of the pictures on one sheet: {sheet_path}")
     written = ", ".join(str(output / RESULTS[form]) for form in arguments.save)
     print(f"{num_objects} objects in {len(inputs) - unreadable} pictures: {written}")
@@ -144,7 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{unreadable} of {len(inputs)} pictures could not be read, see above")
 
 
-def _parts(inputs: list[_Input], batch: int) -> list[list[_Input]]:
+def _parts(inputs: list[PictureInput], batch: int) -> list[list[PictureInput]]:
     size = 1 if batch == 1 else 4 * batch
     return [inputs[i : i + size] for i in range(0, len(inputs), size)]
 
@@ -172,10 +169,10 @@ def _known_classes(wanted: list[str] | None, detector: Any) -> list[str] | None:
 @contextlib.contextmanager
 def _results_files(
     output: Any, forms: Sequence[str], class_names: list[str]
-) -> Iterator[Callable[[_Input, Any], None]]:
+) -> Iterator[Callable[[PictureInput, Any], None]]:
     """Gives a function that adds a picture's objects to the files that were asked for."""
     with contextlib.ExitStack() as files:
-        adders: list[Callable[[_Input, Any], None]] = []
+        adders: list[Callable[[PictureInput, Any], None]] = []
         if "coco" in forms:
             add_items = files.enter_context(growing_list(output / RESULTS["coco"]))
             adders.append(lambda each, objects: add_items(_coco(objects, each)))
@@ -189,17 +186,17 @@ def _results_files(
         if "yolo" in forms:
             with whole_file(output / RESULTS["yolo"] / "classes.txt") as temporary:
                 temporary.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
-            labels = _Names(output / RESULTS["yolo"], [], ".txt")
+            labels = Names(output / RESULTS["yolo"], [], ".txt")
             adders.append(lambda each, objects: _write_yolo(labels.path(each.drawing), objects, class_names))
 
-        def add(each: _Input, objects: Any) -> None:
+        def add(each: PictureInput, objects: Any) -> None:
             for adder in adders:
                 adder(each, objects)
 
         yield add
 
 
-def _coco(objects: Any, each: _Input) -> list[dict[str, Any]]:
+def _coco(objects: Any, each: PictureInput) -> list[dict[str, Any]]:
     """A picture's objects in COCO's results format, with the names beside the ids."""
     left_top, right_bottom = np.split(objects.boxes_xyxy_px.astype(np.float64), 2, axis=1)
     boxes_xywh = np.concatenate([left_top, right_bottom - left_top], axis=1)
@@ -217,7 +214,7 @@ def _coco(objects: Any, each: _Input) -> list[dict[str, Any]]:
     ]
 
 
-def _csv(objects: Any, each: _Input) -> str:
+def _csv(objects: Any, each: PictureInput) -> str:
     text = io.StringIO()
     columns = (objects.class_ids.tolist(), objects.names, objects.scores.tolist(), objects.boxes_xyxy_px.tolist())
     writer = csv.writer(text, lineterminator="\n")
@@ -238,7 +235,7 @@ def _write_yolo(path: Any, objects: Any, class_names: list[str]) -> None:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def _save(drawing: Image.Image, path: Any) -> None:
+def save_drawing(drawing: Image.Image, path: Any) -> None:
     """Writes a PNG that says that it is ours."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Software", SOFTWARE)
@@ -261,7 +258,7 @@ def _identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _find(arguments: list[str], output: Any) -> list[tuple[Path | str, str]]:
+def find_pictures(arguments: list[str], output: Any) -> list[tuple[Path | str, str]]:
     """The pictures, and those inside of the folders without the output's; with a wish for the drawing's name.
 
     A folder's own tree is kept in the drawings. A pattern stands for what it matches, and an address for itself.
@@ -306,22 +303,24 @@ def _as_file_name(text: str) -> str:
     return re.sub(r"[^-.\w]+", "_", text)
 
 
-def _from_evaluation(weights: Any, count: int) -> tuple[list[_Input], int]:
-    """The first pictures of the run's evaluation set, with their own ids, and the first id that is free."""
-    if not count:
-        return [], 1
-    if weights.config is None:
-        raise ValueError(f"--from-eval needs the workdir of a run, and {weights.source} is none; name pictures instead")
-    from cdetr_jax.build import make_source
+def picture_inputs(weights: Any, files: list[tuple[Path | str, str]], from_eval: int) -> list[PictureInput]:
+    """Files, and after them the first pictures of the run's evaluation set, which keep their ids."""
+    inputs, first_id = [], 1
+    if from_eval:
+        if weights.config is None:
+            raise ValueError(
+                f"--from-eval needs the workdir of a run, and {weights.source} is none; name pictures instead"
+            )
+        from cdetr_jax.build import make_source
 
-    source = make_source(weights.config, "eval")
-    inputs = [
-        _Input(
-            record.image_id,
-            record.file_name,
-            f"eval_{Path(record.file_name).stem}",
-            lambda i=i: source.load_image(i),
-        )
-        for i, record in enumerate(source.records[:count])
+        source = make_source(weights.config, "eval")
+        for i, record in enumerate(source.records[:from_eval]):
+            drawing = f"eval_{Path(record.file_name).stem}"
+            load = functools.partial(source.load_image, i)
+            inputs.append(PictureInput(record.image_id, record.file_name, drawing, load))
+        first_id = max(1, 1 + max(record.image_id for record in source.records))
+    named = [
+        PictureInput(image_id, str(path), drawing, functools.partial(open_picture, path))
+        for image_id, (path, drawing) in enumerate(files, start=first_id)
     ]
-    return inputs, max(1, 1 + max(record.image_id for record in source.records))
+    return named + inputs

@@ -5,10 +5,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from cdetr_jax import boxes
 from cdetr_jax.structs import Detections, Predictions
+
+
+def class_probs(logits: Float[Array, "... C"], class_loss: str) -> Float[Array, "... K"]:
+    """Scores in [0, 1] of the classes, without "no object"."""
+    return jax.nn.sigmoid(logits) if class_loss == "focal" else jax.nn.softmax(logits, axis=-1)[..., :-1]
 
 
 def postprocess(
@@ -34,7 +39,7 @@ def postprocess(
     """
     logits = predictions.logits[-1]
     focal = class_loss == "focal"
-    probs = jax.nn.sigmoid(logits) if focal else jax.nn.softmax(logits, axis=-1)[..., :-1]
+    probs = class_probs(logits, class_loss)
     if known is not None:
         probs = probs[..., jnp.array(known)]
     batch, num_queries, num_classes = probs.shape

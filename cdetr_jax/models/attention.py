@@ -99,7 +99,13 @@ def attend(
     return _attend(q, k, v, is_pad, new_seed(rng, dropout), dropout, jax.config.jax_default_matmul_precision)
 
 
-def _scores(q, k, is_pad, precision):
+def attention_scores(
+    q: Float[Array, "B Q N d"],
+    k: Float[Array, "B S N d"],
+    is_pad: Bool[Array, "B S"] | None,
+    precision: str | None,
+) -> Float[Array, "B N Q S"]:
+    """q k / sqrt(d), in at least float32, and the lowest number where `is_pad`: softmax makes the weights of it."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum(
         "bqnd,bsnd->bnqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=dtype, precision=precision
@@ -114,7 +120,7 @@ def _attend(q, k, v, is_pad, seed, dropout, precision):
 
 
 def _attend_fwd(q, k, v, is_pad, seed, dropout, precision):
-    scores = _scores(q, k, is_pad, precision)
+    scores = attention_scores(q, k, is_pad, precision)
     largest = scores.max(-1)
     exponentials = jnp.exp(scores - largest[..., None])
     total = exponentials.sum(-1)
@@ -125,7 +131,7 @@ def _attend_fwd(q, k, v, is_pad, seed, dropout, precision):
 
 def _attend_bwd(dropout, precision, residuals, ct):
     q, k, v, is_pad, seed, out, largest, total = residuals
-    scores = _scores(q, k, is_pad, precision)
+    scores = attention_scores(q, k, is_pad, precision)
     weights = (jnp.exp(scores - largest[..., None]) / total[..., None]).astype(v.dtype)
     v_ct = jnp.einsum("bnqs,bqne->bsne", _drop(weights, seed, dropout), ct, precision=precision)
     weights_ct = jnp.einsum("bqne,bsne->bnqs", ct, v, preferred_element_type=scores.dtype, precision=precision)
@@ -148,7 +154,7 @@ def _drop(weights, seed, dropout):
 
 
 class Attend(nn.Module):
-    """`attend`, then the output projection."""
+    """`attend`, then the output projection. Sows its queries and keys, for who wants to see where it looks."""
 
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
@@ -164,6 +170,8 @@ class Attend(nn.Module):
     ) -> Float[Array, "B Q D"]:
         """Attends from `q` to `k`, `v`; `is_pad`: True = this key counts for nothing. Returns width N * e."""
         rng = self.make_rng("dropout") if train and self.dropout > 0 else None
+        self.sow("intermediates", "q", q)
+        self.sow("intermediates", "k", k)
         out = attend(q, k, v, is_pad, self.dropout, rng)
         out = out.reshape(*out.shape[:2], -1)
         return Linear(out.shape[-1], bias_init=nn.initializers.zeros, dtype=self.dtype, name="out_proj")(out)

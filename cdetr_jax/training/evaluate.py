@@ -1,6 +1,6 @@
 """Evaluation of a detector: COCO AP, and a sheet of a few pictures with what was found in them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +23,13 @@ from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.parallel import Trainer, detect_programs
 from cdetr_jax.training.start import check_same_command, check_same_data, check_same_state
 from cdetr_jax.training.stopping import Stop
-from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
+from cdetr_jax.visualization.attention import Attention, heat_over
+from cdetr_jax.visualization.draw import contact_sheet, draw_boxes, tagged
 from cdetr_jax.weights.load import FREE_FIELDS, Weights
 
-SHEET_PICTURES, SHEET_COLUMNS, SHEET_THRESHOLD = 8, 4, 0.3
+SHEET_PICTURES, SHEET_THRESHOLD = 8, 0.3
 
-_LESS_MEMORY = (
+LESS_MEMORY = (
     "use a smaller config.eval.batch_size, smaller config.data.eval_shapes, or config.model.compute_dtype=bfloat16"
 )
 
@@ -50,7 +51,7 @@ def evaluate(config: ml_collections.ConfigDict, weights: Weights) -> Evaluation 
     Returns: None on all processes but the first.
     Raises: ValueError, FileNotFoundError, if the weights or the data do not fit the config.
     """
-    config = _with_model_of(weights, config)
+    config = with_model_of(weights, config)
     check_config(config)
     check_same_command(config)
     source = build.make_source(config, "eval")
@@ -104,7 +105,7 @@ def detect_all(
     results = []
     try:
         for [placed] in feed:
-            with must_fit(*placed.images_shape, _LESS_MEMORY):
+            with must_fit(*placed.images_shape, LESS_MEMORY):
                 if stop.ask() or not ahead.wait(detect_programs(*placed.shape[:2]), stop.__bool__):
                     return None
                 detections = trainer.detect(variables, placed)
@@ -151,26 +152,33 @@ def coco_results(image_id: int, detections: Any, classes: ClassTable) -> Results
     return results
 
 
-def evaluation_sheet(source: Source, results: Results, seed: int) -> Image.Image:
-    """The same few pictures of a source at every call: a row as annotated, and under it what was found in them."""
+def evaluation_sheet(
+    source: Source, results: Results, seed: int, look: Callable[[np.ndarray], Attention]
+) -> Image.Image:
+    """The same few pictures of a source at every call, in columns, to flip through a run.
+
+    Rows: as annotated; what was found; and where the decoder's last layer looks with the picture's best query, mean of
+    the heads: the spatial part of its attention, and all of it. Red is 20 times the mean of a map, in all sheets.
+    Args:
+      look: `Detector.attention`, or alike.
+    """
     chosen = np.random.default_rng(seed).permutation(len(source))[:SHEET_PICTURES].tolist()
     names = {category.id: category.name for category in source.categories}
-    image_ids = {source.records[i].image_id for i in chosen}
-    found = [result for result in results if result["image_id"] in image_ids and result["score"] >= SHEET_THRESHOLD]
-    found.sort(key=lambda result: -result["score"])
-    panels = []
-    for row in (chosen[i : i + SHEET_COLUMNS] for i in range(0, len(chosen), SHEET_COLUMNS)):
-        pictures = [source.load_image(i) for i in row]
-        for picture, i in zip(pictures, row, strict=True):
-            record = source.records[i]
-            labels = [names[category_id] for category_id in record.category_ids.tolist()]
-            panels.append(_drawn(picture, record.boxes_xywh_px, labels, None, names))
-        for picture, i in zip(pictures, row, strict=True):
-            of_picture = [result for result in found if result["image_id"] == source.records[i].image_id]
-            boxes = np.array([result["bbox"] for result in of_picture], np.float64)
-            labels = [names[result["category_id"]] for result in of_picture]
-            panels.append(_drawn(picture, boxes, labels, [result["score"] for result in of_picture], names))
-    return contact_sheet(panels, min(SHEET_COLUMNS, len(chosen)), cell_px=320)
+    rows = []
+    for i in chosen:
+        picture, record = source.load_image(i), source.records[i]
+        found = [each for each in results if each["image_id"] == record.image_id and each["score"] >= SHEET_THRESHOLD]
+        found.sort(key=lambda result: -result["score"])
+        labels = [names[category_id] for category_id in record.category_ids.tolist()]
+        rows.append([_drawn(picture, record.boxes_xywh_px, labels, None, names)])
+        boxes = np.array([result["bbox"] for result in found], np.float64)
+        labels, scores = [names[result["category_id"]] for result in found], [result["score"] for result in found]
+        rows[-1].append(_drawn(picture, boxes, labels, scores, names))
+        attention = look(picture)
+        for part in ("spatial", "combined"):
+            panel = heat_over(attention, 0, getattr(attention, part)[-1, 0].mean(0), rows[-1][0].size, most=20)
+            rows[-1].append(tagged(panel, f"{part}: {attention.names[0]} {attention.scores[0]:.2f}"))
+    return contact_sheet([panel for row in zip(*rows, strict=True) for panel in row], len(chosen), cell_px=240)
 
 
 def _drawn(
@@ -182,7 +190,8 @@ def _drawn(
     return draw_boxes(picture, boxes_xyxy_px, labels, scores, class_names=class_names)
 
 
-def _with_model_of(weights: Weights, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def with_model_of(weights: Weights, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config, unresolved references resolved, with the model that the weights are of."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         for name, value in weights.model.items():

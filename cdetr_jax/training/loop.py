@@ -1,11 +1,13 @@
 """A training run, read top to bottom."""
 
 import contextlib
+import functools
+import io
 import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from cdetr_jax.data.reader import usable_cores
 from cdetr_jax.data.sources import Source
 from cdetr_jax.device_memory import must_fit
 from cdetr_jax.files import as_path, whole_file
+from cdetr_jax.inference import Detector
 from cdetr_jax.matching.assign import NonFiniteCostError
 from cdetr_jax.models.resnet import frozen_modules
 from cdetr_jax.training.ahead import Ahead, Programs
@@ -47,6 +50,7 @@ from cdetr_jax.training.start import (
 from cdetr_jax.training.step import StepMetrics, TrainState
 from cdetr_jax.training.stopping import Stop, StoppedError, watch_signals
 from cdetr_jax.visualization.curve import training_curve
+from cdetr_jax.weights.load import Preprocessing, Weights
 
 _LESS_MEMORY = (
     "use a smaller config.train.batch_size, or a larger config.train.accumulation_steps for the same batch in smaller "
@@ -152,9 +156,26 @@ def _train(
         checkpoints.set_score(step, summary["AP"])
         if writer:
             writer.write_scalars(step, summary, epoch=step / steps_per_epoch, kind="eval")
-            _draw(workdir, eval_source, results, config.seed)
+            _draw(workdir, lambda: draw_sheet(step, results, variables))
         say("step %d: AP %.4f, AP50 %.4f", step, summary["AP"], summary["AP50"])
         return summary
+
+    def draw_sheet(step: int, results: Results, variables: Any) -> None:
+        """What the detector finds in a few pictures, and where it looks: eval.png, pictures/ and TensorBoard."""
+        here = jax.tree.map(lambda x: x.addressable_data(0), variables)
+        largest = tuple(eval_plan.shapes_hw.max(axis=0).tolist())  # holds all pictures: one program to compile
+        preprocessing = Preprocessing(config.data.eval_short_side_px, config.data.long_side_max_px, (largest,))
+        model = config.model.to_dict() | {"num_classes": len(classes)}
+        detector = Detector(Weights(str(workdir), model, classes, here, preprocessing))
+        look = functools.partial(detector.attention, objects=1)
+        sheet = evaluation_sheet(eval_source, results, config.seed, look)
+        with whole_file(workdir / "eval.png") as temporary:
+            sheet.save(temporary, format="PNG")
+        jpeg = io.BytesIO()  # a tenth of the size, as all of them are kept
+        sheet.save(jpeg, format="JPEG", quality=85)
+        with whole_file(workdir / "pictures" / f"eval_{step:08d}.jpg") as temporary:
+            temporary.write_bytes(jpeg.getvalue())
+        writer.write_picture(step, "eval/pictures", jpeg.getvalue(), *sheet.size)
 
     state = trainer.replicate(state)
     ahead = Ahead(_programs(trainer, state, plan_settings, batches, eval_plan), usable_cores(), say)
@@ -282,13 +303,11 @@ def _named(error: NonFiniteCostError, step: int, micro_batches: Sequence[Any], s
     )
 
 
-def _draw(workdir: Path, source: Source | None = None, results: Results | None = None, seed: int = 0) -> None:
-    """Draws `curve.png` and, after an evaluation, `eval.png`. What goes wrong with a drawing ends no run."""
+def _draw(workdir: Path, draw_sheet: Callable[[], None] = lambda: None) -> None:
+    """Draws `curve.png` and, after an evaluation, a sheet. What goes wrong with a drawing ends no run."""
     try:
         training_curve(workdir / "metrics.jsonl", workdir / "curve.png")
-        if source is not None and results is not None:
-            with whole_file(workdir / "eval.png") as temporary:
-                evaluation_sheet(source, results, seed).save(temporary, format="PNG")
+        draw_sheet()
     except Exception as error:
         logging.warning("%s: could not draw how the run goes: %s: %s", workdir, type(error).__name__, error)
 

@@ -74,6 +74,11 @@ class MetricsWriter:
             named = {f"{kind}/{name}": value for name, value in scalars.items()}
             self._tensorboard.write(step, {**named, "epoch": epoch})
 
+    def write_picture(self, step: int, name: str, content: bytes, width: int, height: int) -> None:
+        """Writes a picture to TensorBoard's file."""
+        if self._tensorboard is not None:
+            self._tensorboard.write_picture(step, name, content, width, height)
+
     def truncate_after(self, step: int) -> None:
         """At resume: drops what was written after the restored step; TensorBoard stops showing it."""
         self._file.truncate_after(step)

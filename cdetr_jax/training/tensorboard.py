@@ -11,13 +11,15 @@ from pathlib import Path
 
 # Numbers of the fields, from TensorFlow's event.proto and summary.proto.
 _WALL_TIME, _STEP, _FILE_VERSION, _SUMMARY, _SESSION_LOG = 1, 2, 3, 5, 7  # of an Event
-_VALUE, _TAG, _SIMPLE_VALUE = 1, 1, 2  # of a Summary, of its Value
+_VALUE, _TAG, _SIMPLE_VALUE, _IMAGE = 1, 1, 2, 4  # of a Summary, of its Value
+_HEIGHT, _WIDTH, _COLORSPACE, _ENCODED = 1, 2, 3, 4  # of an Image
+_RGB = 3
 _STATUS, _START = 1, 1  # of a SessionLog
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # kinds of a field
 
 
 class TensorBoardFile:
-    """Scalars of one start of a run. A disk that is full raises OSError; nothing is held back between writes."""
+    """What one start of a run tells. A disk that is full raises OSError; nothing is held back between writes."""
 
     def __init__(self, folder: Path):
         """Starts a new file beside those of earlier starts. TensorBoard reads them in the order of their names."""
@@ -27,6 +29,13 @@ class TensorBoardFile:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes scalars of one step."""
         self._write(step, _bytes(_SUMMARY, b"".join(_bytes(_VALUE, _value(*item)) for item in scalars.items())))
+
+    def write_picture(self, step: int, name: str, content: bytes, width: int, height: int) -> None:
+        """Writes an RGB picture, the content of a PNG or JPEG file."""
+        sides = ((_HEIGHT, height), (_WIDTH, width), (_COLORSPACE, _RGB))
+        image = b"".join(_key(field, _VARINT) + _varint(value) for field, value in sides) + _bytes(_ENCODED, content)
+        value = _bytes(_TAG, name.encode()) + _bytes(_IMAGE, image)
+        self._write(step, _bytes(_SUMMARY, _bytes(_VALUE, value)))
 
     def hide_after(self, step: int) -> None:
         """Tells TensorBoard to forget what earlier files hold of later steps than this one."""

@@ -1,4 +1,4 @@
-"""Boxes and attention maps over pictures, drawn with Pillow alone."""
+"""Boxes over pictures, and sheets of pictures, drawn with Pillow alone."""
 
 import math
 import zlib
@@ -25,8 +25,6 @@ PALETTE = (
     (170, 255, 195),  # mint
     (90, 105, 255),  # indigo
 )
-# Heat from least to most: blue, cyan, yellow, red.
-HEAT = ((0, 0, 160), (0, 90, 255), (0, 230, 230), (255, 230, 0), (255, 0, 0))
 
 MIN_SHORT_SIDE_PX = 320  # smaller pictures are enlarged, so that letters are readable
 MAX_LONG_SIDE_PX = 2000  # but never beyond this
@@ -73,7 +71,7 @@ def draw_boxes(
 
     area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
     for i in np.argsort(-area, kind="stable"):  # small boxes over large ones
-        _outline(pen, corners[i], colours[i], line_px)
+        outline(pen, corners[i], colours[i], line_px)
 
     tags, taken = [], np.zeros((0, 4))
     for i, label in enumerate(labels):
@@ -91,54 +89,14 @@ def draw_boxes(
     return picture
 
 
-def draw_attention(
-    image: np.ndarray,
-    maps: np.ndarray,
-    box_xyxy_px: np.ndarray,
-    *,
-    titles: Sequence[str] | None = None,
-    columns: int = 4,
-) -> Image.Image:
-    """Shows where one query looks, as in figures 1 and 4 of arXiv:2108.06152: a panel per map, heat over the picture.
-
-    Args:
-      image: [H, W, 3] uint8, RGB.
-      maps: [N, h, w], non-negative weights that cover exactly the picture (cut off the cells of the padding before),
-        as a rule one map per head. Every map is scaled to its own largest value.
-      box_xyxy_px: [4], the query's box in pixels of `image`.
-      titles: N texts; None: "head 1", "head 2", ...
-      columns: panels side by side.
-
-    Returns: RGB picture.
-    Raises: ValueError, if maps is not [N, h, w], holds a negative or non-finite number, or the titles are not N.
-    """
-    maps = np.asarray(maps, np.float64)
-    if maps.ndim != 3 or not maps.size:
-        raise ValueError(f"maps have the shape {maps.shape}, expected [N, h, w] with at least one value")
-    if not (np.isfinite(maps).all() and (maps >= 0).all()):
-        raise ValueError("maps hold negative or non-finite numbers; pass weights after the softmax")
-    titles = [f"head {i + 1}" for i in range(len(maps))] if titles is None else titles
-    if len(titles) != len(maps):
-        raise ValueError(f"{len(titles)} titles for {len(maps)} maps; pass one title per map")
-
-    picture, factor = _enlarge(image)
-    grey = np.asarray(picture.convert("L").convert("RGB"), np.float64)
-    line_px, font = _line_and_font(picture)
-    last = np.array([picture.width, picture.height] * 2) - 1
-    box = np.clip(np.round(np.asarray(box_xyxy_px, np.float64) * factor), 0, last).astype(int)
-    panels = []
-    for weights, title in zip(maps, titles, strict=True):
-        heat = Image.fromarray((weights / max(weights.max(), np.finfo(float).tiny)).astype(np.float32))
-        heat = np.clip(np.asarray(heat.resize(picture.size, Image.Resampling.BICUBIC), np.float64), 0, 1)[..., None]
-        opacity = 0.75 * np.sqrt(heat)  # no heat: the grey picture as it is
-        panel = Image.fromarray(np.round((1 - opacity) * grey + opacity * _heat_colours(heat[..., 0])).astype(np.uint8))
-        pen = ImageDraw.Draw(panel)
-        _outline(pen, box, (255, 255, 255), line_px)
-        text, (width, height) = _fit(title, font, panel.width)
-        pen.rectangle((0, 0, width, height), fill=(0, 0, 0))
-        pen.text((width / 2, height / 2), text, fill=(255, 255, 255), font=font, anchor="mm")
-        panels.append(panel)
-    return contact_sheet(panels, columns)
+def tagged(picture: Image.Image, text: str) -> Image.Image:
+    """The picture with a line of text in its upper left corner."""
+    picture = picture.copy()
+    pen, (_, font) = ImageDraw.Draw(picture), _line_and_font(picture)
+    text, (width, height) = _fit(text, font, picture.width)
+    pen.rectangle((0, 0, width, height), fill=(0, 0, 0))
+    pen.text((width / 2, height / 2), text, fill=(255, 255, 255), font=font, anchor="mm")
+    return picture
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int, *, cell_px: int = 480, gap_px: int = 6) -> Image.Image:
@@ -207,7 +165,7 @@ def _line_and_font(picture: Image.Image) -> tuple[int, ImageFont.FreeTypeFont | 
     return max(3, round(long / 200)), ImageFont.load_default(size=max(13, round(long / 42)))
 
 
-def _outline(pen: ImageDraw.ImageDraw, corners: np.ndarray, colour: tuple[int, int, int], line_px: int) -> None:
+def outline(pen: ImageDraw.ImageDraw, corners: np.ndarray, colour: tuple[int, int, int], line_px: int) -> None:
     """A coloured frame with a thin dark edge on both sides, to stand out on a ground of the same colour."""
     left, top, right, bottom = (int(value) for value in corners)
     pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(0, 0, 0), width=line_px + 2)
@@ -254,9 +212,3 @@ def _ink(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     """Black or white, whichever is easier to read on the colour."""
     luminance = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
     return (0, 0, 0) if luminance > 140 else (255, 255, 255)
-
-
-def _heat_colours(heat: np.ndarray) -> np.ndarray:
-    """Colours [H, W, 3] in 0 to 255 of heat [H, W] in 0 to 1."""
-    stops = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(heat, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)

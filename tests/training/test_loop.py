@@ -156,7 +156,7 @@ def test_the_metrics_file_tells_every_step(undisturbed):
     np.testing.assert_allclose([row["backbone_lr"] for row in train], 5e-4 * warmup, rtol=1e-6)
     assert all(name in read_metrics(workdir / "metrics.jsonl")[1] for name in CLOCK)
     assert [row["step"] for row in evaluated] == [STEPS]
-    for name in ("curve.png", "eval.png"):
+    for name in ("curve.png", "eval.png", f"pictures/eval_{STEPS:08d}.jpg"):
         with Image.open(workdir / name) as drawing:
             drawing.load()
     assert "query_embed" in (workdir / "parameters.txt").read_text()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdetr_jax.visualization.draw import PALETTE, class_colours, contact_sheet, draw_attention, draw_boxes
+from cdetr_jax.visualization.draw import PALETTE, class_colours, contact_sheet, draw_boxes, tagged
 
 GREY = 128
 
@@ -138,33 +138,12 @@ def test_contact_sheet_places_row_after_row():
         contact_sheet([], 2)
 
 
-def test_attention_is_hot_where_the_weight_is_and_grey_elsewhere():
-    maps = np.zeros((2, 4, 5))
-    maps[0, 1, 3] = 0.25
-    maps[1, 3, 0] = 1e-6  # scaled to its own largest value
-    sheet = np.asarray(draw_attention(blank(400, 500), maps, [200, 300, 300, 390], columns=2)).astype(int)
-    panel_height, panel_width = 384, 480  # 400 x 500 shrunk to the sheet's cell
-    panels = [sheet[6 : 6 + panel_height, 6 + i * (panel_width + 6) :][:, :panel_width] for i in range(2)]
-    for panel, (row, column) in zip(panels, [(1, 3), (3, 0)], strict=True):
-        y, x = round((row + 0.5) * panel_height / 4), round((column + 0.5) * panel_width / 5)
-        red, green, blue = panel[y, x]
-        assert red > 180
-        assert max(green, blue) < 80
-    assert np.abs(panels[0][340, 50] - GREY).max() <= 1
-    assert np.abs(panels[1][100, 400] - GREY).max() <= 1
-    side = panels[0][335, 188:200]  # the left side of the box, at x = 200 * 0.96
-    assert side.min() < 60
-    assert side.max() > 180
-
-
-@pytest.mark.parametrize("bad", [-1.0, np.nan])
-def test_attention_refuses_what_is_no_weight(bad):
-    with pytest.raises(ValueError, match="negative or non-finite"):
-        draw_attention(blank(40, 50), np.full((1, 2, 3), bad), [0, 0, 9, 9])
-    with pytest.raises(ValueError, match="expected \\[N, h, w\\]"):
-        draw_attention(blank(40, 50), np.ones((2, 3)), [0, 0, 9, 9])
-    with pytest.raises(ValueError, match="1 titles for 2 maps"):
-        draw_attention(blank(40, 50), np.ones((2, 3, 5)), [0, 0, 9, 9], titles=["a"])
+def test_a_tag_is_in_the_upper_left_corner_of_a_copy():
+    picture = Image.fromarray(blank(200, 300))
+    drawn = changed(tagged(picture, "spatial: cat 0.50"))
+    assert not changed(picture).any()
+    assert drawn[:10, :60].mean() > 0.95
+    assert not drawn[30:].any()
 
 
 def test_a_box_may_have_a_colour_of_its_own_and_no_tag():
