@@ -9,6 +9,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -135,6 +136,18 @@ def test_scalars_go_to_both_files_and_the_log_says_where(tmp_path, caplog):
     assert values == {}
     assert [(row["step"], row["kind"]) for row in read_metrics(folder / "metrics.jsonl")] == [(7, "train"), (9, "eval")]
     assert f"Metrics go to {folder / 'metrics.jsonl'} and to TensorBoard's files in {folder}." in caplog.text
+
+
+def test_tensorboard_shows_pictures(tmp_path):
+    jpeg = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(jpeg, format="JPEG")
+    writer = make_writer(tmp_path)
+    writer.write_picture(7, "eval/pictures", jpeg.getvalue(), 30, 20)
+    writer.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    [event] = read.Images("eval/pictures")
+    assert (event.step, event.width, event.height) == (7, 30, 20)
+    assert event.encoded_image_string == jpeg.getvalue()
 
 
 def test_a_disk_that_is_full_for_tensorboard_raises(tmp_path):
