@@ -174,7 +174,7 @@ def test_evaluate_gives_the_number_of_the_run_and_uses_the_moving_average(undist
 
     monkeypatch.setattr(evaluate, "detect_all", spy)
     weights = load_weights(workdir, "latest")
-    assert evaluate.evaluate(config, weights).summary == summary
+    assert evaluate.evaluate(config, weights).metrics.summary == summary
     state, _ = saved_state(workdir, STEPS)
     used = jax.tree_util.tree_leaves_with_path(seen[0]["params"])
     assert used
