@@ -51,7 +51,13 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
         size = data.synthetic.train_pictures if split == "train" else data.synthetic.eval_pictures
         shapes = data.synthetic
         return SyntheticShapes(
-            seed=seed, size=size, height=shapes.height, width=shapes.width, max_objects=shapes.max_objects
+            seed=seed,
+            size=size,
+            height=shapes.height,
+            width=shapes.width,
+            max_objects=shapes.max_objects,
+            sides=shapes.sides,
+            hue_by_class=shapes.hue_by_class,
         )
     parts = []
     if "coco_folder" in data.source:

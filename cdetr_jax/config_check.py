@@ -57,6 +57,7 @@ _FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 _FRACTION = _number(1)
 _SIDE_PX = _whole(1, 16384)
 _SIDES_PX = _several(_SIDE_PX, "sides in pixels, as (480, 512) or (480,)")
+_SIDES = _several(_number(0.7, but_not=(0,)), "(from, to)", of=(2,))
 _SHAPE = _several(_SIDE_PX, "(H, W)", of=(2,))
 _SHAPES = Rule(
     f"() or padded shapes in pixels, as ((480, 640), (640, 480)), each side {_SIDE_PX.expected}",
@@ -134,6 +135,11 @@ FIELDS = {
     "data.synthetic.height": _whole(32, 16384),
     "data.synthetic.width": _whole(32, 16384),
     "data.synthetic.max_objects": _whole(1, 1000),
+    "data.synthetic.sides": Rule(
+        "(from, to), from at most to, each a number from 0 to 0.7, not 0 itself",
+        lambda value: _SIDES.holds(value) and value[0] <= value[1],
+    ),
+    "data.synthetic.hue_by_class": _FLAG,
     "optimizer.lr": _number(10),
     "optimizer.backbone_lr": _number(10),
     "optimizer.weight_decay": _number(10),

@@ -82,6 +82,8 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     synthetic.height = 128
     synthetic.width = 128
     synthetic.max_objects = 6
+    synthetic.sides = (0.12, 0.5)  # longer side of a box, from and to, as fractions of the picture's shorter side
+    synthetic.hue_by_class = True  # False: classes differ in shape alone
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.lr = 1e-4

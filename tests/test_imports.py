@@ -58,10 +58,11 @@ training/start
 training/evaluate
 training/attention
 training/loop
+compare
 cli/settings cli/arguments cli/predict_video
 cli/processes
 cli/benchmark_input cli/benchmark_compile
-cli/train cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare cli/configs
+cli/train cli/compare cli/curve cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare cli/configs
 cli/attention
 cli/main
 """

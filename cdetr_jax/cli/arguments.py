@@ -108,3 +108,11 @@ def height_x_width(text: str) -> tuple[int, int]:
 def several_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """Sizes with commas between them."""
     return tuple(map(height_x_width, text.split(",")))
+
+
+def several_seeds(text: str) -> tuple[int, ...]:
+    """Different whole numbers with commas between them."""
+    seeds = tuple(whole(0)(each.strip()) for each in text.split(","))
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected each seed once")
+    return seeds

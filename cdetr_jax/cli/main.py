@@ -19,6 +19,7 @@ from cdetr_jax.cli.arguments import (
     point,
     query,
     score,
+    several_seeds,
     several_sizes,
     some_of,
     whole,
@@ -81,6 +82,43 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, type=name, metavar="RECIPE", help="a name, such as demo, or a file")
     train.add_argument("--workdir", required=True, type=name, metavar="DIR", help="where checkpoints and metrics go")
     add_processes(train)
+
+    compare = add(
+        "compare",
+        "train variants of a recipe under one budget and compare them",
+        CONFIG_HELP + "\n\nexample:\n  cdetr compare --config=compare_demo --workdir=runs/compare",
+    )
+    compare.add_argument(
+        "--config",
+        required=True,
+        type=name,
+        metavar="FILE",
+        help="recipe with VARIANTS, such as configs/compare_demo.py",
+    )
+    compare.add_argument("--workdir", required=True, type=name, metavar="DIR", help="where all runs and the report go")
+    compare.add_argument(
+        "--seeds", type=several_seeds, default=(0,), metavar="K,...", help="every variant with each seed (default: 0)"
+    )
+    compare.add_argument(
+        "--only",
+        type=names,
+        default=(),
+        metavar="NAME,...",
+        help="these variants only (default: all)",
+    )
+    compare.add_argument(
+        "--ap", type=score, metavar="AP", help="count epochs until this AP (default: the first variant's last one)"
+    )
+    compare.add_argument("--report-only", action="store_true", help="train nothing; report what is there")
+    compare.add_argument("--jobs", type=whole(1), default=1, metavar="N", help="runs side by side (default: 1)")
+
+    curve = add(
+        "curve",
+        "draw training loss and AP of several runs into one picture",
+        "example:\n  cdetr curve runs/detr runs/conditional --output=curve.png",
+    )
+    curve.add_argument("runs", nargs="+", type=name, metavar="DIR", help="workdirs of runs")
+    curve.add_argument("--output", required=True, type=name, metavar="FILE", help="picture to write, such as curve.png")
 
     def add_weights(command: argparse.ArgumentParser, *names: str, **settings: object) -> None:
         command.add_argument(*names, type=name, metavar="SOURCE", help="trained weights, see below", **settings)
@@ -392,7 +430,7 @@ def keep_compiled_programs() -> None:
 
 
 USERS_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError, MemoryError)
-TAKES_CONFIG_FIELDS = ("train", "evaluate", "attention", "benchmark")
+TAKES_CONFIG_FIELDS = ("train", "compare", "evaluate", "attention", "benchmark")
 
 
 def _check_names(main: argparse.ArgumentParser, argv: list[str]) -> None:

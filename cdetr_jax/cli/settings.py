@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -28,6 +29,11 @@ def read_config(path: str, fields: list[str]) -> ml_collections.ConfigDict:
       fields: such as `--config.optimizer.lr=2e-4`.
     Raises: ValueError, FileNotFoundError, if the recipe cannot be read; see also `change_config`.
     """
+    return read_recipe(path, fields)[0]
+
+
+def read_recipe(path: str, fields: list[str]) -> tuple[ml_collections.ConfigDict, ModuleType]:
+    """As `read_config`, and the recipe itself, which may say more: `configs/compare_demo.py` has variants."""
     name, colon, argument = path.rpartition(":") if re.search(r"(\.py|^\w+):[^/]*$", path) else (path, "", "")
     is_ours = re.fullmatch(r"\w+", name) is not None
     file = RECIPES / f"{name}.py" if is_ours else Path(name)
@@ -41,10 +47,10 @@ def read_config(path: str, fields: list[str]) -> ml_collections.ConfigDict:
     if is_ours or not _is_there("configs.common"):
         sys.modules["configs"] = importlib.import_module("cdetr_jax.configs")
     try:
-        config = _get_config(file.resolve(), [argument] if colon else [])
+        config, recipe = _load(file.resolve(), [argument] if colon else [])
     except Exception as error:  # a recipe may do anything
         raise ValueError(f"{path} cannot be read: {_what_happened(error, file.resolve())}") from error
-    return change_config(config, fields)
+    return change_config(config, fields), recipe
 
 
 def recipe_names() -> list[str]:
@@ -59,7 +65,7 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def _get_config(file: Path, arguments: list[str]) -> ml_collections.ConfigDict:
+def _load(file: Path, arguments: list[str]) -> tuple[ml_collections.ConfigDict, ModuleType]:
     if file.suffix != ".py":
         raise ValueError("it is not a Python file with a function get_config, such as configs/demo.py")
     spec = importlib.util.spec_from_file_location("cdetr_recipe", file)
@@ -76,7 +82,7 @@ def _get_config(file: Path, arguments: list[str]) -> ml_collections.ConfigDict:
     config = get_config(*arguments)
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(f"its get_config returned {type(config).__name__}, expected a ConfigDict")
-    return config
+    return config, recipe
 
 
 def _what_happened(error: Exception, file: Path) -> str:

@@ -23,7 +23,7 @@ _CORNERS = {  # outermost points, y down; a disc and a ring reach from -1 to 1 h
     "triangle": np.array([[0, -1], [math.sqrt(0.75), 0.5], [-math.sqrt(0.75), 0.5]]),
     "cross": np.array([[x, y] for a in (-1, 1) for b in (-_ARM, _ARM) for x, y in ((a, b), (b, a))]),
 }
-_SIDES = (0.12, 0.5)  # longer side of a box, as a fraction of the picture's shorter side
+SIDES = (0.12, 0.5)
 _MAX_TURN = math.radians(20)
 _MAX_COVERED = 0.3  # of a box, by later boxes; keeps at least half of even a cross visible
 _ATTEMPTS = 20
@@ -41,13 +41,23 @@ class _Shape:
 class SyntheticShapes:
     """Made-up pictures of filled shapes on a grey textured background, for trials and tests without any file.
 
-    Picture `i` depends on (seed, i, height, width, max_objects) alone. A box is the whole shape's, also where a later
-    shape covers a part of it.
+    Picture `i` depends on its number and on what the set was made with, but not on the set's size. A box is the whole
+    shape's, also where a later shape covers a part of it.
     """
 
     categories = _KINDS
 
-    def __init__(self, *, seed: int, size: int, height: int, width: int, max_objects: int):
+    def __init__(
+        self,
+        *,
+        seed: int,
+        size: int,
+        height: int,
+        width: int,
+        max_objects: int,
+        sides: tuple[float, float] = SIDES,
+        hue_by_class: bool = True,
+    ):
         """Draws where the shapes lie; pixels are rendered on demand.
 
         Args:
@@ -55,6 +65,8 @@ class SyntheticShapes:
           size: number of pictures.
           height, width: of every picture, in pixels, at least 32.
           max_objects: a picture holds 1 to this many.
+          sides: a box's longer side, from and to, as fractions of the picture's shorter side.
+          hue_by_class: each class has a hue of its own, which is learnt sooner than a shape; else any.
         Raises: ValueError, if a number is out of range.
         """
         if seed < 0 or size < 1 or max_objects < 1 or min(height, width) < 32:
@@ -63,8 +75,9 @@ class SyntheticShapes:
                 "objects: expected a seed of at least 0, a picture, an object, and sides of at least 32 pixels"
             )
         self._seed = seed
+        self._hue_by_class = hue_by_class
         self._shapes = [
-            _draw_shapes(np.random.default_rng([seed, i, 0]), height, width, max_objects) for i in range(size)
+            _draw_shapes(np.random.default_rng([seed, i, 0]), height, width, max_objects, sides) for i in range(size)
         ]
         self.records = tuple(
             Record(
@@ -95,18 +108,26 @@ class SyntheticShapes:
         pixels = np.array(smooth, np.float32)
         for shape in self._shapes[i]:
             where, coverage = _rasterise(shape, record.height, record.width)
-            pixels[where] += coverage[..., None] * (_draw_colour(rng, shape.kind) - pixels[where])
+            pixels[where] += coverage[..., None] * (self._draw_colour(rng, shape.kind) - pixels[where])
         pixels += rng.integers(-12, 13, pixels.shape, np.int8)
         return pixels.clip(0, 255).astype(np.uint8)
 
+    def _draw_colour(self, rng: np.random.Generator, kind: Category) -> np.ndarray:
+        spread = 0.3 if self._hue_by_class else len(_KINDS) / 2
+        hue = (_KINDS.index(kind) + rng.uniform(-spread, spread)) / len(_KINDS)
+        saturation, value = rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0)
+        return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32)
 
-def _draw_shapes(rng: np.random.Generator, height: int, width: int, max_objects: int) -> list[_Shape]:
+
+def _draw_shapes(
+    rng: np.random.Generator, height: int, width: int, max_objects: int, sides: tuple[float, float]
+) -> list[_Shape]:
     """Places shapes inside the picture, first to last; one that would hide an earlier one is drawn again."""
     shapes: list[_Shape] = []
     covered: list[float] = []
     for _ in range(rng.integers(1, max_objects + 1)):
         for _ in range(_ATTEMPTS):
-            shape = _draw_shape(rng, height, width)
+            shape = _draw_shape(rng, height, width, sides)
             grown = [c + _share_covered(a.box_xywh, shape.box_xywh) for a, c in zip(shapes, covered, strict=True)]
             if all(share <= _MAX_COVERED for share in grown):
                 shapes.append(shape)
@@ -115,7 +136,7 @@ def _draw_shapes(rng: np.random.Generator, height: int, width: int, max_objects:
     return shapes
 
 
-def _draw_shape(rng: np.random.Generator, height: int, width: int) -> _Shape:
+def _draw_shape(rng: np.random.Generator, height: int, width: int, sides: tuple[float, float]) -> _Shape:
     kind = _KINDS[rng.integers(len(_KINDS))]
     angle = rng.uniform(-_MAX_TURN, _MAX_TURN)
     low, high = np.array([-1.0, -1.0]), np.array([1.0, 1.0])
@@ -123,17 +144,10 @@ def _draw_shape(rng: np.random.Generator, height: int, width: int) -> _Shape:
         cos, sin = math.cos(angle), math.sin(angle)
         corners = _CORNERS[kind.name] @ np.array([[cos, sin], [-sin, cos]])
         low, high = corners.min(0), corners.max(0)
-    radius = rng.uniform(*_SIDES) * min(height, width) / (high - low).max()
+    radius = rng.uniform(*sides) * min(height, width) / (high - low).max()
     size = (high - low) * radius
     corner = rng.uniform(0, 1, 2) * ([width, height] - size)
     return _Shape(kind, corner - low * radius, radius, angle, np.concatenate([corner, size]))
-
-
-def _draw_colour(rng: np.random.Generator, kind: Category) -> np.ndarray:
-    """A colour around the class's own hue: shape and hue together can be learnt in minutes on a CPU."""
-    hue = (_KINDS.index(kind) + rng.uniform(-0.3, 0.3)) / len(_KINDS)
-    saturation, value = rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0)
-    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32)
 
 
 def _share_covered(box: np.ndarray, cover: np.ndarray) -> float:

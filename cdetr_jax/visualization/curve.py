@@ -1,10 +1,29 @@
-"""A run's metrics file: reading it back, and drawing loss and AP over epochs."""
+"""Metrics files: reading them back, and drawing loss and AP over epochs, of one run or of several."""
 
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from cdetr_jax.files import as_path, whole_file
+
+_LOSS, _AP = "Training loss", "COCO average precision"
+_LABELS = {_LOSS: "loss (no unit)"}  # of the y axis; the others' panels show AP
+
+
+class Series(NamedTuple):
+    """One metric over epochs; what was not finite is NaN and leaves a gap, and so is an AP of -1 (no object)."""
+
+    epochs: list[float]
+    values: list[float]
+
+
+def series(rows: Sequence[dict], kind: str, name: str) -> Series:
+    """One metric of the rows of a metrics file, of kind "train" or "eval"."""
+    found = [(row["epoch"], row[name]) for row in rows if row["kind"] == kind and name in row]
+    values = [math.nan if value is None or (kind == "eval" and value < 0) else value for _, value in found]
+    return Series([epoch for epoch, _ in found], values)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
@@ -41,43 +60,81 @@ def training_curve(metrics_jsonl: str | os.PathLike, output_png: str | os.PathLi
     Raises: ValueError, if the file holds neither a loss nor an AP; FileNotFoundError.
     """
     rows = read_metrics(metrics_jsonl)
-    panels = {
-        "Training loss": {"loss": _series(rows, "train", "loss")},
-        "COCO average precision": {name: _series(rows, "eval", name) for name in ("AP", "AP50", "AP75")},
-    }
-    for lines in panels.values():
-        for name in [name for name, (_, values) in lines.items() if not any(map(math.isfinite, values))]:
-            del lines[name]
-    panels = {title: lines for title, lines in panels.items() if lines}
-    if not panels:
+    aps = {name: [series(rows, "eval", name)] for name in ("AP", "AP50", "AP75")}
+    panels = {_LOSS: {"loss": [series(rows, "train", "loss")]}, _AP: aps}
+    if not draw_panels(panels, output_png):
         raise ValueError(f"{metrics_jsonl} holds no loss and no AP yet; train until the first line is logged")
 
+
+def compare_runs(metrics_jsonl: Mapping[str, str | os.PathLike], output_png: str | os.PathLike) -> None:
+    """Draws the training loss and AP of several runs over epochs, each under its name.
+
+    Raises: ValueError, if none holds a loss or an AP; FileNotFoundError.
+    """
+    rows = {name: read_metrics(path) for name, path in metrics_jsonl.items()}
+    metrics = {_LOSS: ("train", "loss"), _AP: ("eval", "AP")}
+    panels = {
+        title: {name: [series(of_run, *metric)] for name, of_run in rows.items()} for title, metric in metrics.items()
+    }
+    if not draw_panels(panels, output_png):
+        raise ValueError(f"{', '.join(map(str, metrics_jsonl.values()))}: no loss and no AP yet")
+
+
+def draw_panels(
+    panels: Mapping[str, Mapping[str, Sequence[Series]]], output_png: str | os.PathLike, columns: int = 1
+) -> bool:
+    """Draws panels of lines over epochs, with a legend where there is more than one line.
+
+    Args:
+      panels: title, then label, then the repetitions (seeds), of which the mean is drawn over those epochs that all
+        have, and a band from the lowest to the highest.
+      output_png: picture to write.
+      columns: panels side by side.
+
+    Returns: whether there was anything to draw; else nothing is written.
+    """
+    panels = {title: _means(lines) for title, lines in panels.items()}
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
+        return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.4 * len(panels)), dpi=120, layout="constrained")
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(8 if columns == 1 else 6 * columns, 3.4 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
-    for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
-        for name, (epochs, values) in lines.items():
-            few = len(values) < 40
-            axes.plot(epochs, values, label=name, linewidth=1.5, marker="o" if few else None, markersize=4)
+    all_axes = figure.subplots(rows, columns, squeeze=False, sharex=True).reshape(-1)
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
+        for label, (epochs, mean, low, high) in lines.items():
+            few = len(mean) < 40
+            [line] = axes.plot(epochs, mean, label=label, linewidth=1.5, marker="o" if few else None, markersize=4)
+            if low != high:
+                axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-    if "Training loss" in panels:
-        all_axes[0].set_ylabel("loss (no unit)")
-    if "COCO average precision" in panels:
-        all_axes[-1].set_ylabel("AP (fraction, 0 to 1)")
-        all_axes[-1].legend(loc="upper left", ncols=3)
-    all_axes[-1].set_xlabel("epochs")
+        axes.set_ylabel(_LABELS.get(title, "AP (fraction, 0 to 1)"))
+        if title != _LOSS or len(lines) > 1:
+            axes.legend(loc="best" if len(lines) > 3 else "upper left", ncols=3 if len(lines) == 3 else 1)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    for axes in all_axes[max(0, len(panels) - columns) : len(panels)]:
+        axes.set_xlabel("epochs")
+        axes.xaxis.set_tick_params(labelbottom=True)
     with whole_file(output_png) as temporary:
         figure.savefig(temporary, format="png")
+    return True
 
 
-def _series(rows: list[dict], kind: str, name: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of one metric; what was not finite leaves a gap, and so does an AP of -1 (no object)."""
-    found = [(row["epoch"], row[name]) for row in rows if row["kind"] == kind and name in row]
-    values = [math.nan if value is None or (kind == "eval" and value < 0) else value for _, value in found]
-    return [epoch for epoch, _ in found], values
+def _means(lines: Mapping[str, Sequence[Series]]) -> dict[str, tuple[list[float], ...]]:
+    """Epochs, mean, lowest and highest of each line that has a number."""
+    means = {}
+    for label, repetitions in lines.items():
+        begun = [dict(zip(*each, strict=True)) for each in repetitions if any(map(math.isfinite, each.values))]
+        epochs = sorted(set.intersection(*map(set, begun))) if begun else []
+        if epochs:
+            values = [[each[epoch] for each in begun] for epoch in epochs]
+            mean = [sum(each) / len(each) for each in values]
+            means[label] = epochs, mean, list(map(min, values)), list(map(max, values))
+    return means

@@ -14,7 +14,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; }
+.numbers td { white-space: nowrap; }
 tbody tr:nth-child(even) { background: #f6f6f6; }
 img { max-width: 100%; height: auto; }
 pre { background: #f6f6f6; padding: .6em 1em; overflow-x: auto; }
@@ -41,15 +42,15 @@ class Page:
         """A command, or other text whose lines stay as they are."""
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; the first column is to the left, the others to the right."""
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], of: str = "numbers") -> None:
+        """A table of numbers, on the right of their columns but for the first, or of words, on the left."""
 
         def row(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
 
         body = "".join(row(cells, "td") for cells in rows)
         self._parts.append(
-            f'<div class="table"><table><thead>{row(header, "th")}</thead><tbody>{body}</tbody></table></div>'
+            f'<div class="table {of}"><table><thead>{row(header, "th")}</thead><tbody>{body}</tbody></table></div>'
         )
 
     def picture(self, picture: Path | Image.Image, caption: str) -> None:

@@ -1,0 +1,46 @@
+"""The paper's ablations on drawn shapes, hard enough to tell the variants apart: more and smaller objects, and classes
+by shape alone.
+
+    cdetr compare --config=configs/ablations_demo.py --workdir=runs/ablations --seeds=0,1,2
+"""
+
+import ml_collections
+
+from configs import demo
+
+VARIANTS = {
+    "default": {},
+    "reference point zero": {"model.reference_point": "zero"},
+    "reference point learned": {"model.reference_point": "learned"},
+    "CSQ-C": {"model.spatial_query": "c"},
+    "CSQ-T": {"model.spatial_query": "t"},
+    "CSQ-P = T identity": {"model.spatial_query": "p"},
+    "CSQ-I": {"model.spatial_query": "i"},
+    "T scalar": {"model.transformation": "scalar"},
+    "T block": {"model.transformation": "block"},
+    "T full": {"model.transformation": "full"},
+    "1 decoder layer": {"model.decoder_layers": 1},
+    "4 decoder layers": {"model.decoder_layers": 4},
+    "15 queries": {"model.num_queries": 15},
+    "60 queries": {"model.num_queries": 60},
+    "local_gain 6": {"model.local_gain": 6.0},
+    "temperature 10000": {"model.temperature": 10000.0},
+}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """A smaller model than the demo's."""
+    config = demo.get_config()
+    config.data.synthetic.max_objects = 8
+    config.data.synthetic.sides = (0.1, 0.35)
+    config.data.synthetic.hue_by_class = False
+    config.data.threads = 0
+    config.data.synthetic.train_pictures = 1600
+    config.data.synthetic.eval_pictures = 200
+    config.model.local_gain = 0.0
+    config.model.backbone_width = 8
+    config.model.width = 64
+    config.optimizer.drop_epoch = 6
+    config.train.num_epochs = 7
+    config.eval.every_epochs = 1
+    return config
