@@ -26,7 +26,7 @@ from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.cli.settings import read_recipe, set_up_logging
 from cdetr_jax.compare import MACHINE, Run, make_runs, summarize, write_report
 from cdetr_jax.data.reader import usable_cores
-from cdetr_jax.files import as_path, check_writable_folder
+from cdetr_jax.files import as_path, check_writable_folder, is_remote
 from cdetr_jax.training.loop import train_and_evaluate
 from cdetr_jax.training.processes import code_version
 from cdetr_jax.training.stopping import StoppedError, watch_signals
@@ -43,21 +43,23 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     set_up_logging()
     jax.config.update("jax_platforms", "cpu")  # of this process; accelerators are the training processes'
     workdir = as_path(arguments.workdir)
+    if is_remote(workdir):
+        raise ValueError(f"--workdir {workdir}: a comparison needs a folder of this machine")
     check_writable_folder(workdir)
+    if any(field.startswith("--config.seed") for field in fields):
+        raise ValueError("--config.seed: a comparison takes its seeds from --seeds")
     config, recipe = read_recipe(arguments.config, fields)
     variants = getattr(recipe, "VARIANTS", None)
     if not variants:
-        raise ValueError(f"{arguments.config} has no VARIANTS to compare; configs/compare_demo.py shows how they look")
+        raise ValueError(f"{arguments.config} has no VARIANTS to compare; compare_demo in configs/ shows how they look")
     groups = getattr(recipe, "GROUPS", {"COCO average precision": tuple(variants)})
-    for name in (*arguments.only, *itertools.chain.from_iterable(groups.values())):
-        if name not in variants:
-            raise ValueError(f"{arguments.config} has no variant {name!r}; it has {', '.join(variants)}")
+    if unknown := [name for name in (*arguments.only, *itertools.chain(*groups.values())) if name not in variants]:
+        raise ValueError(f"{arguments.config} has no variant {unknown[0]!r}; it has {', '.join(variants)}")
     chosen = {name: changes for name, changes in variants.items() if not arguments.only or name in arguments.only}
     runs = make_runs(config, chosen, workdir, arguments.seeds)
     command = ["cdetr", "compare", f"--config={arguments.config}", f"--workdir={arguments.workdir}"]
-    command += [f"--seeds={','.join(map(str, arguments.seeds))}"] + [f"--only={','.join(chosen)}"] * bool(
-        arguments.only
-    )
+    command.append(f"--seeds={','.join(map(str, arguments.seeds))}")
+    command += [f"--only={','.join(chosen)}"] if arguments.only else []
     command += [f"--jobs={arguments.jobs}", *fields]
     failed = {}
     if not arguments.report_only:

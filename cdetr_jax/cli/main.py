@@ -85,32 +85,42 @@ def parser() -> argparse.ArgumentParser:
 
     compare = add(
         "compare",
-        "train variants of a recipe under one budget and compare them",
-        CONFIG_HELP + "\n\nexample:\n  cdetr compare --config=compare_demo --workdir=runs/compare",
+        "train the variants of a recipe under one budget, and report how they differ",
+        "The recipe is a file with get_config() and VARIANTS, each a name and the fields\n"
+        "that it changes; GROUPS, if it is there, says which are shown together. The\n"
+        "first is the baseline. Every variant is trained with the first seed, then with\n"
+        "the next. DIR gets report.html to open, compare.png, compare.md, compare.csv\n"
+        "and compare.json; each run has a folder VARIANT/seedK there, a workdir as\n"
+        "`cdetr train` leaves it, with its output in train.log.\n\n"
+        "Stopped, even with kill -9, it goes on when called again. A variant that fails\n"
+        "is named in the report and loses no other; the exit status is then 1.\n\n"
+        + CONFIG_HELP
+        + "\nA variant's own fields come after these.\n\nexamples:\n"
+        "  cdetr compare --config=compare_demo --workdir=runs/compare --jobs=2\n"
+        "  cdetr compare --config=ablations_demo --workdir=runs/ablations --seeds=0,1,2\n"
+        "  cdetr compare --config=compare_demo --workdir=runs/compare --report-only",
     )
     compare.add_argument(
-        "--config",
-        required=True,
-        type=name,
-        metavar="FILE",
-        help="recipe with VARIANTS, such as configs/compare_demo.py",
+        "--config", required=True, type=name, metavar="RECIPE", help="a name, such as compare_demo, or a file"
     )
     compare.add_argument("--workdir", required=True, type=name, metavar="DIR", help="where all runs and the report go")
     compare.add_argument(
-        "--seeds", type=several_seeds, default=(0,), metavar="K,...", help="every variant with each seed (default: 0)"
+        "--seeds", type=several_seeds, default=(0,), metavar="K,...", help="seeds of every variant (default: 0)"
     )
     compare.add_argument(
-        "--only",
-        type=names,
-        default=(),
-        metavar="NAME,...",
-        help="these variants only (default: all)",
+        "--only", type=names, default=(), metavar="NAME,...", help="these variants only (default: all)"
+    )
+    compare.add_argument(
+        "--jobs",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="runs side by side, each with its share of the CPU's cores (default: 1)",
     )
     compare.add_argument(
         "--ap", type=score, metavar="AP", help="count epochs until this AP (default: the first variant's last one)"
     )
     compare.add_argument("--report-only", action="store_true", help="train nothing; report what is there")
-    compare.add_argument("--jobs", type=whole(1), default=1, metavar="N", help="runs side by side (default: 1)")
 
     curve = add(
         "curve",
