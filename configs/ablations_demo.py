@@ -1,31 +1,43 @@
-"""The paper's ablations on drawn shapes, hard enough to tell the variants apart: more and smaller objects, and classes
-by shape alone.
+"""The paper's ablations on drawn shapes, and what our recipes change in initialisation and position embedding.
 
-    cdetr compare --config=configs/ablations_demo.py --workdir=runs/ablations --seeds=0,1,2
+cdetr compare --config=ablations_demo --workdir=runs/ablations --seeds=0,1,2 --jobs=2
 """
 
 import ml_collections
 
 from configs import demo
 
-VARIANTS = {
-    "default": {},
-    "reference point zero": {"model.reference_point": "zero"},
-    "reference point learned": {"model.reference_point": "learned"},
-    "CSQ-C": {"model.spatial_query": "c"},
-    "CSQ-T": {"model.spatial_query": "t"},
-    "CSQ-P = T identity": {"model.spatial_query": "p"},
-    "CSQ-I": {"model.spatial_query": "i"},
-    "T scalar": {"model.transformation": "scalar"},
-    "T block": {"model.transformation": "block"},
-    "T full": {"model.transformation": "full"},
-    "1 decoder layer": {"model.decoder_layers": 1},
-    "4 decoder layers": {"model.decoder_layers": 4},
-    "15 queries": {"model.num_queries": 15},
-    "60 queries": {"model.num_queries": 60},
-    "local_gain 6": {"model.local_gain": 6.0},
-    "temperature 10000": {"model.temperature": 10000.0},
+_ONE_BY_ONE = {
+    "Reference point (section 3.5)": {
+        "reference point zero": {"model.reference_point": "zero"},
+        "reference point learned": {"model.reference_point": "learned"},
+    },
+    # lambda_q times p_s without lambda_q is CSQ-P, and T the identity: one function.
+    "Spatial query (table 3)": {
+        "CSQ-C": {"model.spatial_query": "c"},
+        "CSQ-T": {"model.spatial_query": "t"},
+        "CSQ-P = T identity": {"model.spatial_query": "p"},
+        "CSQ-I": {"model.spatial_query": "i"},
+    },
+    "Transformation (figure 5)": {
+        "CSQ-P = T identity": {"model.spatial_query": "p"},
+        "T scalar": {"model.transformation": "scalar"},
+        "T block": {"model.transformation": "block"},
+        "T full": {"model.transformation": "full"},
+    },
+    "Decoder layers and queries": {
+        "1 decoder layer": {"model.decoder_layers": 1},
+        "4 decoder layers": {"model.decoder_layers": 4},
+        "10 queries": {"model.num_queries": 10},
+        "100 queries": {"model.num_queries": 100},
+    },
+    "Initialisation and temperature": {
+        "local_gain 6": {"model.local_gain": 6.0},
+        "temperature 10000": {"model.temperature": 10000.0},
+    },
 }
+VARIANTS = {"default": {}} | {name: changes for group in _ONE_BY_ONE.values() for name, changes in group.items()}
+GROUPS = {title: ("default", *group) for title, group in _ONE_BY_ONE.items()}
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,12 +1,13 @@
-"""Tables 1 and 2 of the paper at full size, 50 epochs: the eight models of DETR and Conditional DETR. For a pod.
+"""DETR and Conditional DETR on COCO at full size, four backbones each: tables 1 and 2. For a pod.
 
-Published COCO val2017 AP: DETR 34.9, 36.7 (DC5), 36.9 (R101), 38.6 (DC5-R101); Conditional DETR 40.9, 43.8, 42.8,
-45.0. Not run here: each is hours on many chips.
+Published COCO val2017 AP after 50 epochs: DETR 34.9, 36.7 (DC5), 36.9 (R101), 38.6 (DC5-R101); Conditional DETR 40.9,
+43.8, 42.8, 45.0. Not run by this project yet.
 
-    cdetr compare --config=configs/compare_coco.py --workdir=W
+    cdetr compare --config=compare_coco --workdir=W
 
-Variants train one after the other, each on all devices of one machine. For several machines start each variant's run
-with `cdetr train` on all of them, in the folder that this command names, and then call it with --report-only.
+Variants train one after the other, each on all devices of one machine. On several machines start `cdetr train` with
+each variant's fields and the folder that this command names for it, W/detr-r50/seed0 for example; then report with
+--report-only.
 """
 
 import ml_collections
@@ -34,5 +35,5 @@ GROUPS = {backbone: tuple(f"{decoder} {backbone}" for decoder in _DECODERS) for 
 
 
 def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
-    """`epochs`: 12, 36, 50, 75 or 108, as --config=configs/compare_coco.py:12."""
+    """`epochs`: 12, 36, 50, 75 or 108, as --config=compare_coco:12."""
     return common.get_config(epochs)
