@@ -28,8 +28,8 @@ _ONE_BY_ONE = {
     "Decoder layers and queries": {
         "1 decoder layer": {"model.decoder_layers": 1},
         "4 decoder layers": {"model.decoder_layers": 4},
-        "10 queries": {"model.num_queries": 10},
-        "100 queries": {"model.num_queries": 100},
+        "15 queries": {"model.num_queries": 15},
+        "60 queries": {"model.num_queries": 60},
     },
     "Initialisation and temperature": {
         "local_gain 6": {"model.local_gain": 6.0},

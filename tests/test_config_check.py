@@ -98,7 +98,8 @@ BAD_TEXTS = (
     "(" * 300,
 )
 MAY_BE_SET_TO = {
-    "0": MAY_HOLD[(0,)] + ["model.dc5", "model.box_offset", "model.norm_between_layers"],  # of a flag: False
+    "0": MAY_HOLD[(0,)]
+    + ["model.dc5", "model.box_offset", "model.norm_between_layers", "data.synthetic.hue_by_class"],  # of a flag: False
     "None": MAY_HOLD[(None,)],
     "()": MAY_HOLD[((),)],
 }
