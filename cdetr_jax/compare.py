@@ -187,7 +187,7 @@ def _outcome(run: Run, failure: str | None) -> dict[str, Any]:
 
 def _mean(values: Sequence[float | None]) -> dict[str, Any]:
     """Mean and standard deviation (n - 1) of the numbers that there are; COCO's -1 is none."""
-    known = [value for value in values if value is not None and (value >= 0 or value > -1)]
+    known = [value for value in values if value is not None and value > -1]
     return {
         "mean": statistics.fmean(known) if known else None,
         "std": statistics.stdev(known) if len(known) > 1 else None,
@@ -257,6 +257,9 @@ def write_report(
     has_curve = draw_panels(panels, workdir / "compare.png", columns=min(2, len(panels)))
     header = _header(summary)
     tables = {title: [_cells(entry) for entry in chosen] for title, chosen in groups.items()}
+    shown = [i for i in range(len(header)) if any(row[i] != "-" for rows in tables.values() for row in rows)]
+    header = [header[i] for i in shown]
+    tables = {title: [[row[i] for i in shown] for row in rows] for title, rows in tables.items()}
     notes = _notes(summary)
     markdown = "\n\n".join(
         [f"### {title}\n\n{_markdown(header, rows)}" for title, rows in tables.items()] + [" ".join(notes)]
@@ -293,7 +296,7 @@ def write_report(
                 each["state"],
                 _number(each.get("last", {}).get("AP")),
                 _number(max(each["AP"], default=None)),
-                _number(each["train_seconds"], 0),
+                _number(each["train_seconds"], ".0f"),
             ]
             for entry in entries.values()
             for seed, each in entry["seeds"].items()
@@ -322,8 +325,8 @@ def _curves(entry: Mapping[str, Any]) -> list[Series]:
 def _header(summary: Mapping[str, Any]) -> list[str]:
     target = "-" if summary["target_ap"] is None else f"{summary['target_ap']:.3f}"
     return [
-        "variant", "AP", "AP50", "AP75", "AP small", "AP medium", "AP large", f"AP against {summary['baseline']}",
-        "parameters, M", "multiply-adds, G", "training, s", f"epochs to AP {target}", "times faster", "seeds",
+        "variant", *NUMBERS, f"AP against {summary['baseline']}", "parameters, M", "multiply-adds, G", "training, s",
+        f"epochs to AP {target}", "times faster", "seeds",
     ]  # fmt: skip
 
 
@@ -334,22 +337,22 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
     return [
         entry["name"],
         *(_spread(entry[number]) for number in NUMBERS),
-        _spread(entry["difference"], "+"),
-        _number(entry["parameters"] and entry["parameters"] / 1e6, 2),
-        _number(entry["multiply_adds"] and entry["multiply_adds"] / 1e9, 2),
-        _number(entry["train_seconds"]["mean"], 0),
-        _number(entry["epochs_to_target"], 0) if entry["epochs_to_target"] or not done else "not reached",
-        _number(entry["times_faster"], 1),
+        _spread(entry["difference"], "+.3f"),
+        _number(entry["parameters"] and entry["parameters"] / 1e6, ".3g"),
+        _number(entry["multiply_adds"] and entry["multiply_adds"] / 1e9, ".3g"),
+        _number(entry["train_seconds"]["mean"], ".0f"),
+        _number(entry["epochs_to_target"], "g") if entry["epochs_to_target"] or not done else "not reached",
+        _number(entry["times_faster"], ".1f"),
         (f"{done}" if done == len(states) else f"{done} of {len(states)}") + trouble,
     ]
 
 
-def _number(value: float | None, digits: int = 3, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.{digits}f}"
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format(value, form)
 
 
-def _spread(values: Mapping[str, Any], sign: str = "") -> str:
-    return _number(values["mean"], 3, sign) + ("" if values["std"] is None else f" ± {values['std']:.3f}")
+def _spread(values: Mapping[str, Any], form: str = ".3f") -> str:
+    return _number(values["mean"], form) + ("" if values["std"] is None else f" ± {values['std']:.3f}")
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:

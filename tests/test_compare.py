@@ -135,10 +135,11 @@ def test_table_csv_json_and_page_say_the_same(tmp_path, runs):
     [row] = [line for line in markdown.splitlines() if line.startswith("| Conditional")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == [
-        "Conditional DETR", "0.600 ± 0.141", "0.300 ± 0.071", "0.300 ± 0.071", "0.300 ± 0.071", "0.300 ± 0.071", "-",
-        "+0.300 ± 0.071", "1.50", "2.00", "64", "2", "2.0", "2",
+        "Conditional DETR", "0.600 ± 0.141", "0.300 ± 0.071", "0.300 ± 0.071", "0.300 ± 0.071", "0.300 ± 0.071",
+        "+0.300 ± 0.071", "1.5", "2", "64", "2", "2.0", "2",
     ]  # fmt: skip
     assert "Left out" not in markdown
+    assert "APL" not in markdown, "a column without a number is left out"
     with (tmp_path / "compare.csv").open(newline="") as file:
         of_csv = {row["variant"]: row for row in csv.DictReader(file)}
     assert float(of_csv["Conditional DETR"]["AP_mean"]) == summary["variants"][1]["AP"]["mean"]
