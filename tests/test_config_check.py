@@ -237,10 +237,13 @@ NAMES = [
     "--topology",
     "--trace",
     "--report",
+    "--classes",
+    "--only",
     "recipe",
     "pictures",
+    "runs",
 ]
-MAY_BE = {"--from-eval": ["0"], "--process-id": ["0"], "--threshold": ["0"]}
+MAY_BE = {"--from-eval": ["0"], "--process-id": ["0"], "--threshold": ["0"], "--seeds": ["0"], "--ap": ["0"]}
 COMMANDS = next(action.choices for action in main.parser()._actions if action.choices)
 OPTIONS = [
     (command, action.option_strings[0] if action.option_strings else action.dest)

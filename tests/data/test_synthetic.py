@@ -74,3 +74,19 @@ def test_synthetic_objects_stay_visible():
 def test_synthetic_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="expected a seed of at least 0"):
         _shapes(**wrong)
+
+
+def test_synthetic_sides_and_hues():
+    """Small shapes of any hue, at the same places and with the same kinds as those of the class's own hue."""
+    size = {"seed": 5, "size": 40, "height": 96, "width": 128, "max_objects": 5, "sides": (0.1, 0.2)}
+    by_class, any_hue = SyntheticShapes(**size), SyntheticShapes(**size, hue_by_class=False)
+    hues = []
+    for i, (record, other) in enumerate(zip(by_class.records, any_hue.records, strict=True)):
+        np.testing.assert_array_equal(record.boxes_xywh_px, other.boxes_xywh_px)
+        longer = record.boxes_xywh_px[:, 2:].max(1) / 96
+        assert ((longer > 0.099) & (longer < 0.201)).all()
+        for (x, y, w, h), kind in zip(other.boxes_xywh_px, other.category_ids, strict=True):
+            if kind == 2:  # a square's middle is filled
+                red, green, blue = any_hue.load_image(i)[int(y + h / 2), int(x + w / 2)].astype(int)
+                hues.append((red > green, green > blue, blue > red))
+    assert len(set(hues)) >= 5, "squares alone have all hues"
