@@ -13,7 +13,7 @@ _LABELS = {_LOSS: "loss (no unit)"}  # of the y axis; the others' panels show AP
 
 
 class Series(NamedTuple):
-    """One metric over epochs; what was not finite is NaN and leaves a gap, and so is an AP of -1 (no object)."""
+    """One metric over epochs; what was not finite, and an AP of -1 (no object), is NaN and leaves a gap."""
 
     epochs: list[float]
     values: list[float]
@@ -116,7 +116,7 @@ def draw_panels(
         axes.set_ylim(bottom=0)
         axes.set_ylabel(_LABELS.get(title, "AP (fraction, 0 to 1)"))
         if title != _LOSS or len(lines) > 1:
-            axes.legend(loc="best" if len(lines) > 3 else "upper left", ncols=3 if len(lines) == 3 else 1)
+            axes.legend(loc="best")
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     for axes in all_axes[max(0, len(panels) - columns) : len(panels)]:

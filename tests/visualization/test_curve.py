@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdetr_jax.visualization.curve import read_metrics, training_curve
+from cdetr_jax.cli import main
+from cdetr_jax.visualization.curve import Series, draw_panels, read_metrics, training_curve
 
 TRAIN = [{"step": 10 * i, "epoch": i / 10, "kind": "train", "loss": 20.0 - i} for i in range(1, 16)]
 EVAL = [{"step": 100, "epoch": 1.0, "kind": "eval", "AP": 0.25, "AP50": 0.5, "AP75": -1.0}]
@@ -41,6 +42,32 @@ def test_loss_and_ap_get_a_panel_each(tmp_path):
     assert count_colour(tmp_path / "both.png", GREEN) == 0  # AP75 is -1: there was nothing to find
     assert count_colour(tmp_path / "loss.png", BLUE) > 500
     assert count_colour(tmp_path / "loss.png", ORANGE) == 0
+
+
+def test_several_runs_get_a_line_each(tmp_path, capsys):
+    for name in ("a/one", "a/two"):
+        (tmp_path / name).mkdir(parents=True)
+        write(tmp_path / name / "metrics.jsonl", TRAIN + EVAL)
+    main.run(["curve", f"{tmp_path}/a/one", f"{tmp_path}/a/two/", f"--output={tmp_path}/c.png"])
+    assert f"{tmp_path}/c.png" in capsys.readouterr().out
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size == (960, 816)
+    assert count_colour(tmp_path / "c.png", ORANGE) > 500, "the second run's loss"
+    with pytest.raises(SystemExit, match="1"):
+        main.run(["curve", f"{tmp_path}/a/one", f"{tmp_path}/b", f"--output={tmp_path}/d.png"])
+    assert "b/metrics.jsonl is missing" in capsys.readouterr().err
+
+
+def test_repetitions_are_a_mean_line_and_a_band(tmp_path):
+    epochs = [1.0, 2.0]
+    lines = {"a": [Series(epochs, [0.1, 0.1]), Series([*epochs, 3.0], [0.9, 0.9, 0.9]), Series([], [])]}
+    assert draw_panels({"AP": lines}, tmp_path / "band.png")
+    assert draw_panels({"AP": {"a": [Series(epochs, [0.5, 0.5])]}}, tmp_path / "line.png")
+    band = tuple(round(255 - 0.15 * (255 - part)) for part in BLUE)
+    assert count_colour(tmp_path / "band.png", band) > 10000
+    assert count_colour(tmp_path / "line.png", band) < 1000
+    assert not draw_panels({"AP": {"a": [Series([1.0], [float("nan")])]}}, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
 
 
 def test_one_point_is_visible(tmp_path):
