@@ -22,6 +22,7 @@ models/attention
 models/position models/resnet
 models/transformer
 models/detector
+configs/common
 matching/cost matching/assign
 losses/focal losses/box
 losses/criterion

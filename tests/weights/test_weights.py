@@ -331,6 +331,8 @@ def test_a_whole_run_keeps_its_config(run, tmp_path):
     config = load_weights(tmp_path / "w").config
     assert isinstance(config, ml_collections.ConfigDict)
     assert config.train.batch_size == 4
+    assert config.data.synthetic.hue_by_class is True, "a field that came later has its published value"
+    assert config.is_locked
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
