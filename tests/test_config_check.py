@@ -243,7 +243,10 @@ NAMES = [
     "pictures",
     "runs",
 ]
-MAY_BE = {"--from-eval": ["0"], "--process-id": ["0"], "--threshold": ["0"], "--seeds": ["0"], "--ap": ["0"]}
+MAY_BE = {
+    name: ["0"] for name in ("--from-eval", "--process-id", "--threshold", "--seeds", "--ap", "--head", "--query")
+}
+MAY_BE["--layer"] = ["0", "-1"]
 COMMANDS = next(action.choices for action in main.parser()._actions if action.choices)
 OPTIONS = [
     (command, action.option_strings[0] if action.option_strings else action.dest)
