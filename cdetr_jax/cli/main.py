@@ -484,6 +484,10 @@ def run(argv: list[str] | None = None) -> None:
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads what is printed has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has to go somewhere
+        sys.exit(141)
     except USERS_ERRORS as error:
         out_of_memory = "out of memory: " if isinstance(error, MemoryError) else ""
         message = out_of_memory + "; ".join([str(error), *getattr(error, "__notes__", [])])
