@@ -485,8 +485,9 @@ def run(argv: list[str] | None = None) -> None:
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads what is printed has read enough
+    except BrokenPipeError as error:  # whoever reads what is printed has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has to go somewhere
+        _leave(141, "its output is read no further", error)
         sys.exit(141)
     except USERS_ERRORS as error:
         out_of_memory = "out of memory: " if isinstance(error, MemoryError) else ""
