@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
+LOOK_S = 0.2  # how long a program is waited for, before a stop is looked for
 TOLD_FROM_S = 1.0  # what takes less, such as a program that is found in the cache, is not worth a line
 
 
@@ -42,6 +43,7 @@ class Ahead:
         self._coming = {name: Future() for each in programs for name in each.names}
         self._say, self._start, self._done = say, monotonic(), 0
         self._begun: set[str] = set()
+        self._waited_for: set[str] = set()
         self._lock, self._closed = threading.Lock(), False
         if self._coming:
             say("compiling %d programs for all padded shapes, %d at once", len(self._coming), at_once)
@@ -49,19 +51,22 @@ class Ahead:
         for each in programs:
             self._threads.submit(self._compile, each)
 
-    def wait(self, names: Iterable[str], stop: Callable[[], bool] = lambda: False) -> bool:
+    def wait(self, names: Iterable[str], wait: Callable[[Callable[[], bool]], bool]) -> bool:
         """Waits until these programs are compiled; one of another name is left to its first call.
 
-        Returns: False, if `stop` said so before that.
+        Args:
+          wait: calls what it is given until that says that a program is compiled, or returns False. It is called
+            once for each program, in the order of the names, so that processes can wait for each other in it.
+        Returns: False, if `wait` does.
         Raises: what tracing or compiling one of them raised.
         """
         for name in names:
-            program = self._coming.get(name)
-            while program is not None and not futures.wait([program], timeout=0.2).done:
-                if stop():
-                    return False
-            if program is not None:
-                program.result()
+            if (program := self._coming.get(name)) is None or name in self._waited_for:
+                continue
+            if not wait(lambda program=program: bool(futures.wait([program], timeout=LOOK_S).done)):
+                return False
+            program.result()
+            self._waited_for.add(name)
         return True
 
     def close(self) -> None:

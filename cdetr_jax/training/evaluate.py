@@ -106,7 +106,7 @@ def detect_all(
     try:
         for [placed] in feed:
             with must_fit(*placed.images_shape, LESS_MEMORY):
-                if stop.ask() or not ahead.wait(detect_programs(*placed.shape[:2]), stop.__bool__):
+                if stop.ask() or not ahead.wait(detect_programs(*placed.shape[:2]), stop.wait):
                     return None
                 detections = trainer.detect(variables, placed)
             index = placed.index.reshape(-1)

@@ -197,7 +197,7 @@ def _train(
                 largest = max((each.images_shape for each in micro_batches), key=math.prod)
                 with must_fit(*largest, _LESS_MEMORY):
                     with timer.pause(), progress.pause() if progress else contextlib.nullcontext():
-                        is_compiled = ahead.wait(names, stop.__bool__)
+                        is_compiled = ahead.wait(names, stop.wait)
                     if is_compiled:
                         try:
                             state, step_metrics = trainer.step(state, micro_batches)

@@ -52,10 +52,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     """
     if not are_several():
         return
-    key, get = f"cdetr/facts/{next(_rounds)}", distributed.global_state.client.blocking_key_value_get
-    _set(f"{key}/{distributed.global_state.process_id}", json.dumps([_name(), facts]))
-    of_all = [json.loads(get(f"{key}/{i}", _WAIT_MS)) for i in range(distributed.global_state.num_processes)]
-    differing = []
+    of_all, differing = _from_all([_name(), facts]), []
     for name in dict.fromkeys(itertools.chain.from_iterable(facts for _, facts in of_all)):
         values = [(_short(facts[name]) if name in facts else "nothing", process) for process, facts in of_all]
         other = next((value for value in values if value[0] != values[0][0]), None)
@@ -67,6 +64,11 @@ def agree(facts: Mapping[str, Any]) -> None:
             f"the processes of this run differ: {'; '.join(differing[:_SHOWN_FIELDS])}{more}. Start the same command "
             "with the same code, data, number of devices and a shared workdir on all of them"
         )
+
+
+def on_all(fact: bool) -> bool:
+    """Whether a fact holds on all processes, which all ask."""
+    return all(_from_all(fact)) if are_several() else fact
 
 
 def code_version() -> dict[str, str]:
@@ -154,6 +156,14 @@ def leave(status: int, cause: str, error: BaseException | None = None) -> None:
     if process == 0:
         time.sleep(0.5)  # in which they end
     os._exit(status)
+
+
+def _from_all(content: Any) -> list[Any]:
+    """What all processes call this with, in their order, for all of them; JSON."""
+    key, state = f"cdetr/facts/{next(_rounds)}", distributed.global_state
+    _set(f"{key}/{state.process_id}", json.dumps(content))
+    get = state.client.blocking_key_value_get
+    return [json.loads(get(f"{key}/{i}", _WAIT_MS)) for i in range(state.num_processes)]
 
 
 def _comes_from_others(error: BaseException | None) -> bool:

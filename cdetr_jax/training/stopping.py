@@ -1,15 +1,15 @@
-"""Ctrl-C and SIGTERM during a training run: it ends after the step, with a checkpoint."""
+"""Ctrl-C and SIGTERM during a training run: it ends between two steps, with a checkpoint."""
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from jax.experimental import multihost_utils
 
-from cdetr_jax.training.processes import are_several
+from cdetr_jax.training.processes import are_several, on_all
 
 STOPPED = 75  # the exit status; EX_TEMPFAIL of sysexits.h: the same command, called again, goes on
 
@@ -45,6 +45,18 @@ class Stop:
             self.told = multihost_utils.reached_preemption_sync_point(self._asked)
         return self.told
 
+    def wait(self, is_done: Callable[[], bool]) -> bool:
+        """Waits until something is done on all processes, which all come here.
+
+        Args:
+          is_done: itself waits for a moment before it says no.
+        Returns: False on all of them, if they are to stop before that.
+        """
+        while not on_all(is_done()):
+            if self.ask():
+                return False
+        return True
+
 
 @contextlib.contextmanager
 def watch_signals() -> Iterator[Stop]:
@@ -64,7 +76,7 @@ def watch_signals() -> Iterator[Stop]:
         else:
             stop.told = True
         again = "Ctrl-C once more" if number == signal.SIGINT else "SIGTERM once more"
-        text = f"\n{signal.Signals(number).name}: saving a checkpoint after this step ({again} to leave at once)\n"
+        text = f"\n{signal.Signals(number).name}: saving what is trained, and stopping ({again} to leave at once)\n"
         os.write(2, text.encode())  # a signal may come in the middle of a print, which must not print again
 
     if threading.current_thread() is not threading.main_thread():

@@ -26,6 +26,12 @@ class Program:
             raise self.error
 
 
+def to_its_end(is_done):
+    while not is_done():
+        pass
+    return True
+
+
 @pytest.fixture
 def order():
     """Names, as they were compiled."""
@@ -52,7 +58,7 @@ def make(order):
 
 def test_each_program_is_compiled_once_in_the_order_of_its_use(make, order):
     made = make(["forward 4x6", "update"], ["forward 6x4", "update"])
-    assert made.wait(["forward 6x4", "update", "another, which is left to its call"])
+    assert made.wait(["forward 6x4", "update", "another, which is left to its call"], to_its_end)
     assert order == ["forward 4x6", "update", "forward 6x4"]
 
 
@@ -60,10 +66,10 @@ def test_an_error_is_told_at_once_and_raised_where_the_program_is_needed(make, m
     warnings = []
     monkeypatch.setattr(ahead.logging, "warning", lambda text, *values: warnings.append(text % values))
     made = make(["a"], ["b"], ["c"], b={"error": RuntimeError("no room")})
-    assert made.wait(["a", "c"])
+    assert made.wait(["a", "c"], to_its_end)
     assert warnings == ["cannot compile b: no room"]
     with pytest.raises(RuntimeError, match="no room"):
-        made.wait(["a", "b"])
+        made.wait(["a", "b"], to_its_end)
 
 
 def test_an_error_of_the_tracing_is_raised_too(make):
@@ -72,17 +78,19 @@ def test_an_error_of_the_tracing_is_raised_too(make):
         raise TypeError("of another shape")
 
     made = Ahead([Programs(("a", "b"), programs())], 1)
-    assert made.wait(["a"])
+    assert made.wait(["a"], to_its_end)
     with pytest.raises(TypeError, match="of another shape"):
-        made.wait(["b"])
+        made.wait(["b"], to_its_end)
     made.close()
 
 
 def test_a_stop_is_not_waited_for_and_nothing_more_is_begun(make, order):
     go_on = threading.Event()
     made = make(["a", "b", "c"], b={"until": go_on})
-    assert made.wait(["a"])
-    assert not made.wait(["a", "b"], stop=lambda: True)
+    asked = []
+    assert made.wait(["a"], to_its_end)
+    assert not made.wait(["a", "b"], lambda is_done: bool(asked.append(is_done())))
+    assert asked == [False]  # for b alone: processes that wait for each other here do so once for each program
     made.close()
     go_on.set()
     made._threads.shutdown(wait=True)
@@ -93,7 +101,7 @@ def test_the_progress_is_told_with_what_is_left(make, monkeypatch):
     said = []
     monkeypatch.setattr(ahead, "TOLD_FROM_S", 0.0)
     made = make(["forward 4x6", "update"], say=lambda text, *values: said.append(text % values))
-    assert made.wait(["forward 4x6", "update"])
+    assert made.wait(["forward 4x6", "update"], to_its_end)
     made.close()
     made._threads.shutdown(wait=True)
     assert said == [

@@ -310,11 +310,11 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_bits(
 def test_a_run_that_waits_for_a_program_stops_at_once(steps, message, saved, tmp_path, monkeypatch):
     calls = []
 
-    def wait(self, names, stop):
+    def wait(self, names, wait):
         calls.append(names)
         if len(calls) > steps:
             os.kill(os.getpid(), signal.SIGTERM)
-        return not stop()
+        return wait(lambda: len(calls) <= steps)
 
     monkeypatch.setattr(loop.Ahead, "wait", wait)
     config = make_config(train={"checkpoint_every_steps": 100, "log_every_steps": 100})
@@ -324,7 +324,7 @@ def test_a_run_that_waits_for_a_program_stops_at_once(steps, message, saved, tmp
 
 
 def test_a_step_that_does_not_fit_the_memory_ends_in_one_line_that_says_what_to_change(tmp_path, monkeypatch):
-    def wait(self, names, stop):
+    def wait(self, names, wait):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory in hbm.\n\nmore of it")
 
     monkeypatch.setattr(loop.Ahead, "wait", wait)

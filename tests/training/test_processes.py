@@ -55,6 +55,14 @@ def test_alike_facts_pass_and_one_process_asks_nobody(service):
     assert not service
 
 
+def test_a_fact_holds_on_all_processes_or_not_at_all(service):
+    for round_, (mine, others) in enumerate([(True, True), (True, False), (False, True)]):
+        service[f"cdetr/facts/{round_}/1"] = json.dumps(others)
+        assert processes.on_all(mine) == (mine and others)
+    processes.distributed.global_state.client = None
+    assert processes.on_all(True)
+
+
 def test_what_differs_is_named_with_both_values(service):
     service["cdetr/facts/0/1"] = json.dumps(["process 1 (b)", {"config.seed": 1, "step": 3, "long": "x" * 200}])
     message = (

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from cdetr_jax.training import stopping
-from cdetr_jax.training.stopping import watch_signals
+from cdetr_jax.training.stopping import Stop, watch_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -20,7 +20,7 @@ def test_the_first_signal_is_noted_and_the_second_left_to_the_system(number, cap
         assert stop.ask()
         assert signal.getsignal(number) == signal.SIG_DFL
     assert signal.getsignal(number) == before
-    assert f"{number.name}: saving a checkpoint after this step" in capfd.readouterr().err
+    assert f"{number.name}: saving what is trained, and stopping" in capfd.readouterr().err
 
 
 def test_of_several_processes_all_stop_at_the_point_that_jax_names(monkeypatch):
@@ -43,6 +43,17 @@ def test_of_several_processes_all_stop_at_the_point_that_jax_names(monkeypatch):
         assert [stop.ask() for _ in range(5)] == [False, False, True, True, True]
         assert stop
     assert asked == [1, 2, 3]
+
+
+def test_processes_wait_until_all_are_done_or_to_stop(monkeypatch):
+    """In rounds that all of them take part in, so that they hear the same."""
+    answers, asked = iter([False, False, True]), []
+    monkeypatch.setattr(stopping, "on_all", lambda done: done and next(answers))
+    monkeypatch.setattr(Stop, "ask", lambda self: bool(asked.append("ask")))
+    assert Stop().wait(lambda: True)
+    assert asked == ["ask"] * 2
+    monkeypatch.setattr(Stop, "ask", lambda self: True)
+    assert not Stop().wait(lambda: False)
 
 
 def test_another_thread_notes_none():
