@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -187,6 +188,12 @@ class Checkpoints:
         agree({"the damaged checkpoint": step})  # and so the others look when it is gone
         self._manager.reload()
         self._scores.pop(step, None)
+
+    def finish(self, at_most_s: float) -> None:
+        """Waits for what is being saved, but not for long: another process that takes part in it may be gone."""
+        deadline = time.monotonic() + at_most_s
+        while self._manager.is_saving_in_progress() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Waits for what is being saved.

@@ -58,6 +58,9 @@ _LESS_MEMORY = (
 )
 
 
+_FINISH_S = 5  # that a process which has failed gives to the checkpoint that is being written
+
+
 class NonFiniteLossError(FloatingPointError):
     """A loss term, or the gradient, is NaN or infinite."""
 
@@ -250,7 +253,9 @@ def _train(
             progress.close()
         if writer:
             writer.close()
-        if not (are_several() and sys.exception()):  # else it would wait for the others, who do not come
+        if are_several() and sys.exception():
+            checkpoints.finish(_FINISH_S)  # while the others are still there
+        else:
             checkpoints.close()
         if is_first_process and (workdir / "metrics.jsonl").exists():
             _draw(workdir)

@@ -6,9 +6,11 @@ end waits for minutes for a process that does not come, and does not say why.
 
 import atexit
 import contextlib
+import ctypes
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,13 +28,15 @@ from jax._src import distributed  # no public name; and jax.process_index() woul
 
 from cdetr_jax.files import as_path, whole_file
 
+STOPPED = 75  # the exit status; EX_TEMPFAIL of sysexits.h: the same command, called again, goes on
+
 # A process that is silent for so long counts as dead, and JAX ends the others; also where a host is stopped or lost.
 HEARTBEAT_S = 15
 _WAIT_MS = 3600 * 1000  # for a process that is alive, such as one that lists a large folder for the first time
 _SEEN_MS = 3000  # the service ends with the first process, which therefore waits until the others know why
 _SHARED_S = 10  # a network file system may show a new file late
 _LOOK_S = 0.5
-_FAILED, _SEEN = "cdetr/failed", "cdetr/seen"
+_FAILED, _SEEN, _ALIVE = "cdetr/failed", "cdetr/seen", "cdetr/alive"
 _SHOWN_FIELDS, _SHOWN_CHARACTERS = 5, 100
 
 _rounds = itertools.count()
@@ -101,10 +105,11 @@ def check_shared(folder: str | os.PathLike) -> None:
 
 
 def watch_others() -> None:
-    """Has this process end when another one fails. To be called once, when the processes are joined."""
+    """Has this process end when another one fails or is lost. To be called once, when the processes are joined."""
     if not are_several():
         return
-    client, done = distributed.global_state.client, threading.Event()
+    client, done, heard, c_library = distributed.global_state.client, threading.Event(), {}, ctypes.CDLL(None)
+    own = f"{_ALIVE}/{distributed.global_state.process_id}"
 
     def watch() -> None:
         while not done.wait(_LOOK_S):
@@ -112,15 +117,34 @@ def watch_others() -> None:
             if failure and not failure.startswith(_name()):
                 logging.error("%s; %s ends too", failure, _name())
                 leave(1, failure)
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                client.key_value_set(own, f"{_name()} {time.monotonic()}", allow_overwrite=True)
+                for key, text in client.key_value_dir_get(_ALIVE):
+                    if key not in heard or heard[key][0] != text:
+                        heard[key] = (text, time.monotonic())
 
-    def end() -> None:
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def explain(number: int) -> None:
+        """JAX aborts a process when another one is lost, and does not say which; other aborts go on."""
+        silent = [key for key, (_, at) in heard.items() if time.monotonic() - at > HEARTBEAT_S / 2]
+        if own in silent or not _listens(distributed.global_state.coordinator_address):
+            silent = [f"{_ALIVE}/0"]  # through which the others are heard
+        if silent:
+            names = ", ".join(heard[key][0].rpartition(" ")[0] for key in silent if key in heard)
+            os.write(2, f"\n{names or 'process 0'} has ended, or is not heard of; {_name()} ends too\n".encode())
+            os._exit(STOPPED)
+        c_library.signal(number, None)
+        os.abort()
+
+    def end(explain: Any) -> None:
         wait_for_all()  # they may still fail
         done.set()
         thread.join()
 
     thread = threading.Thread(target=watch, name="other processes", daemon=True)
     thread.start()
-    atexit.register(end)
+    c_library.signal(signal.SIGABRT, explain)  # Python's own handlers run too late
+    atexit.register(end, explain)
 
 
 def wait_for_all() -> None:
@@ -187,6 +211,15 @@ def _short(value: Any) -> str:
 
 def _set(key: str, value: str) -> None:
     distributed.global_state.client.key_value_set(key, value)
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _value(client: Any, key: str) -> str | None:

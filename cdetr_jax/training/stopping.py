@@ -9,9 +9,7 @@ from types import FrameType
 
 from jax.experimental import multihost_utils
 
-from cdetr_jax.training.processes import are_several, on_all
-
-STOPPED = 75  # the exit status; EX_TEMPFAIL of sysexits.h: the same command, called again, goes on
+from cdetr_jax.training.processes import STOPPED, are_several, on_all
 
 
 class StoppedError(KeyboardInterrupt):
