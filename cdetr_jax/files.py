@@ -1,6 +1,7 @@
 """Paths, local or remote, and writing a file so that it is there whole or not at all."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from etils import epath
 
 GCS = "gs://"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: no space on the disk, or none left of the user's share
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]+:/")  # with one slash it is what pathlib.Path leaves of a remote path
 
 
@@ -58,6 +60,19 @@ def check_writable_folder(path: "Path | epath.Path") -> None:
 
 
 @contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Adds to an OSError of the block what was being written, and advice: a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        if error.errno in FULL:
+            error.add_note("free some space and run the same command again")
+        raise
+
+
+@contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a temporary local name, whose file becomes `path` at the end of the block.
 
@@ -66,7 +81,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     Raises: ValueError, see `as_path`.
     """
     path = as_path(path)
-    with _name_beside(path) if isinstance(path, Path) else _name_to_upload(path) as temporary:
+    with writing(path), _name_beside(path) if isinstance(path, Path) else _name_to_upload(path) as temporary:
         yield temporary
 
 
@@ -146,6 +161,7 @@ def _growing_list(path: Path) -> Iterator[Callable[[Sequence[Any]], None]]:
         length = file.write(b"[")  # without the end
         file.write(end)
 
+        @writing(path)
         def add(items: Sequence[Any]) -> None:
             nonlocal length
             lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in items)

@@ -111,6 +111,13 @@ def test_a_block_that_fails_leaves_what_was_there(folder):
     assert not seen[0].exists()
 
 
+def test_a_full_disk_names_the_file(folder):
+    """What is written to a file that is open already fails without a name."""
+    with pytest.raises(OSError, match=r"No space left on device: '.*a.json'") as error, whole_file(folder / "a.json"):
+        raise OSError(28, "No space left on device")
+    assert error.value.__notes__ == ["free some space and run the same command again"]
+
+
 def test_two_writers_do_not_meet(folder):
     with whole_file(folder / "a.json") as first, whole_file(folder / "a.json") as second:
         first.write_text("first")

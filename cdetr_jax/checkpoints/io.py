@@ -1,7 +1,6 @@
 """Save, restore and keep the last n and the best of the whole training state, through Orbax."""
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from absl import logging as absl_logging
 
 from cdetr_jax.checkpoints import mismatch
 from cdetr_jax.checkpoints.workdir import write_json
-from cdetr_jax.files import as_path, is_remote
+from cdetr_jax.files import FULL, as_path, is_remote
 from cdetr_jax.training.processes import agree
 
 Content = TypeVar("Content")
@@ -217,7 +216,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            is_full = getattr(error, "errno", None) in FULL or any(
                 sign in str(error) for sign in ("No space left", "Disk quota", "RESOURCE_EXHAUSTED")
             )
             reason = "the disk is full" if is_full else _one_line(error)

@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from cdetr_jax.files import as_path, is_remote, whole_file
+from cdetr_jax.files import as_path, is_remote, whole_file, writing
 from cdetr_jax.structs import Category
 
 CONFIG, CLASSES, LOCK = "config.json", "classes.json", ".lock"
@@ -74,9 +74,10 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
             ) from None
         except OSError as error:
             logging.warning("%s cannot be locked (%s): make sure that no other run trains there", workdir, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
+        with writing(workdir / LOCK):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
         yield
 
 

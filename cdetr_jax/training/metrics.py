@@ -15,7 +15,7 @@ from typing import Literal
 from absl import logging
 from tqdm import tqdm
 
-from cdetr_jax.files import as_path, is_remote, whole_file
+from cdetr_jax.files import as_path, is_remote, whole_file, writing
 from cdetr_jax.training.tensorboard import TensorBoardFile
 from cdetr_jax.visualization.curve import read_metrics
 
@@ -45,7 +45,7 @@ class MetricsFile:
         if is_remote(self.path):
             self._replace([*(read_metrics(self.path) if self.path.exists() else []), row])
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
     def truncate_after(self, step: int) -> None:

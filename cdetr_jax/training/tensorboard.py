@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+from cdetr_jax.files import writing
+
 # Numbers of the fields, from TensorFlow's event.proto and summary.proto.
 _WALL_TIME, _STEP, _FILE_VERSION, _SUMMARY, _SESSION_LOG = 1, 2, 3, 5, 7  # of an Event
 _VALUE, _TAG, _SIMPLE_VALUE, _IMAGE = 1, 1, 2, 4  # of a Summary, of its Value
@@ -50,8 +52,9 @@ class TensorBoardFile:
         event += _key(_STEP, _VARINT) + _varint(int(step)) + content
         length = struct.pack("<Q", len(event))
         record = length + _masked_crc32c(length) + event + _masked_crc32c(event)
-        while record:
-            record = record[self._file.write(record) :]
+        with writing(self._file.name):
+            while record:
+                record = record[self._file.write(record) :]
 
 
 def _value(name: str, value: float) -> bytes:

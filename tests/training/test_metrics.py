@@ -150,12 +150,19 @@ def test_tensorboard_shows_pictures(tmp_path):
     assert event.encoded_image_string == jpeg.getvalue()
 
 
+def test_a_disk_that_is_full_for_the_metrics_is_named(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        file.write(7, 0.5, "train", {"loss": 3.0})
+
+
 def test_a_disk_that_is_full_for_tensorboard_raises(tmp_path):
     (tmp_path / "full").symlink_to("/dev/full")
     file = TensorBoardFile(tmp_path)
     file.close()
     file._file = (tmp_path / "full").open("wb", buffering=0)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: .*full'"):
         file.write(7, {"loss": 3.0})
     file.close()
 
