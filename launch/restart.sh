@@ -7,7 +7,8 @@
 #   70  the command has failed twice at the same step, that of the newest checkpoint in WORKDIR
 #   75  this script got SIGTERM or SIGINT, which it passes on as SIGTERM: start it again to go on
 # After anything else it waits for RESTART_WAIT_S (60) seconds, in which the run's other processes notice, and starts
-# the command again. 75, and 130 and 143 for the two signals, mean that the command was stopped: that is no failure.
+# the command again. 75, and 130 and 143 for the two signals, mean that the command was stopped, or that another process
+# of its run was lost: that is no failure.
 set -uo pipefail
 
 if (($# < 2)); then

@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
         "train a detector, or go on with a run that was stopped",
         CONFIG_HELP + "\n\nexit status:\n"
         "  0   the run is complete\n"
-        "  75  Ctrl-C or SIGTERM; all is saved, and the same command goes on\n"
+        "  75  Ctrl-C or SIGTERM, and all is saved, or another process was lost; the\n"
+        "      same command goes on\n"
         "  else it has failed, or was ended before it could save; the same command goes\n"
         "  on from the last checkpoint\n\n"
         "Several processes start with the same config, code, data and number of devices,\n"

@@ -138,6 +138,17 @@ def test_the_ap_comes_after_the_checkpoint_and_decides_what_is_kept(tmp_path):
     assert (reader.score(5), reader.score(6)) == (0.6, None)
 
 
+@pytest.mark.parametrize("looks", [[True, True, False], [True] * 9])
+def test_what_is_being_saved_is_finished_if_it_does_not_take_long(looks, tmp_path, monkeypatch):
+    """Where another process is gone, a save does not end."""
+    checkpoints, now, left = Checkpoints(tmp_path), [0.0], iter(looks)
+    monkeypatch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: next(left))
+    monkeypatch.setattr(io.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(io.time, "sleep", lambda seconds: now.append(now.pop() + 1))
+    checkpoints.finish(5)
+    assert now[0] == min(looks.count(True), 5)
+
+
 # ------------------------------------------------------------------------------------------------- a full disk
 
 FULL = 'RESOURCE_EXHAUSTED: Error writing "params.a/0.0": Failed to write 648276 bytes: No space left on device'
