@@ -21,6 +21,7 @@ from cdetr_jax.training.processes import agree
 
 Content = TypeVar("Content")
 
+FINISH_S = 5
 CHECKSUMS = "checksums"  # of a checkpoint's arrays, by the first part of their names; kept beside its position
 
 
@@ -30,6 +31,9 @@ class DamagedCheckpointError(ValueError):
 
 class Checkpoints:
     """The checkpoints of a run, in `workdir/checkpoints`. Saving goes on in the background; close it at the end.
+
+    Of several processes the first one writes, and each reads for itself: Orbax's own way, in which all write and read
+    together, hangs for minutes when a disk is full, and takes a process that is gone for a damaged checkpoint.
 
     A checkpoint appears under its name only when it is whole, so that a process killed while saving leaves the one
     before as the latest. What was saved is checked at reading by a checksum, which Orbax's own files lack.
@@ -44,6 +48,9 @@ class Checkpoints:
         self.directory = (folder if is_remote(folder) else folder.resolve()) / "checkpoints"
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"{workdir} holds no checkpoints; `cdetr train --workdir={workdir}` makes them")
+        self._writes = not read_only and jax.process_index() == 0
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
         self._scores: dict[int, float] = {}
         self._saving: int | None = None
         self._policy = _LatestAndBest(keep, self._scores)
@@ -51,13 +58,18 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=None if read_only else self._policy,
-                    read_only=read_only,
-                    cleanup_tmp_directories=not read_only,
+                    preservation_policy=self._policy if self._writes else None,
+                    read_only=not self._writes,
+                    create=False,
+                    cleanup_tmp_directories=self._writes,
                     lightweight_initialize=True,  # a damaged checkpoint does no harm until it is read
+                    multiprocessing_options=_alone(),
                 ),
                 # Without these a manager that has saved nothing yet cannot tell the shapes of what it holds.
-                item_handlers={"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()},
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
+                    "position": ocp.JsonCheckpointHandler(multiprocessing_options=_alone()),
+                },
             )
         for step in self.steps():
             score = self._read_score(step)
@@ -73,6 +85,8 @@ class Checkpoints:
           position: what the data iterator needs to go on.
         Raises: OSError, if this or the save before could not be written (a full disk); what was saved before stays.
         """
+        if not self._writes:
+            return
         self._wait()
         position = {**position, CHECKSUMS: {**checksums(state), "position": _checksum_of_json(position)}}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
@@ -90,11 +104,12 @@ class Checkpoints:
 
         Raises: OSError, as `save`.
         """
+        self._scores[step] = average_precision
+        if not self._writes:
+            return
         self._wait()
         with self._writing(step):
-            if jax.process_index() == 0:
-                write_json(self._score_file(step), {"AP": average_precision})
-            self._scores[step] = average_precision
+            write_json(self._score_file(step), {"AP": average_precision})
             for other in set(self.steps()) - self._policy.kept(self.steps()):
                 self._manager.delete(other)
 
@@ -149,7 +164,8 @@ class Checkpoints:
             lambda leaf: np.empty(leaf.shape, leaf.dtype),
             {name: saved[name] for name in names.values() if saved.get(name)},
         )
-        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+        with self._reading(step), ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
             restored = reader.restore(
                 self.directory / str(step) / "state",
                 args=ocp.args.PyTreeRestore(
@@ -188,9 +204,9 @@ class Checkpoints:
         self._manager.reload()
         self._scores.pop(step, None)
 
-    def finish(self, at_most_s: float) -> None:
-        """Waits for what is being saved, but not for long: another process that takes part in it may be gone."""
-        deadline = time.monotonic() + at_most_s
+    def finish(self) -> None:
+        """Waits for what is being saved, but not for long."""
+        deadline = time.monotonic() + FINISH_S
         while self._manager.is_saving_in_progress() and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -264,6 +280,12 @@ class Checkpoints:
             return float(json.loads(self._score_file(step).read_text())["AP"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def _alone() -> Any:
+    """For Orbax: no other process takes part."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(process, {process}, barrier_sync_key_prefix=f"process{process}")
 
 
 class _LatestAndBest:

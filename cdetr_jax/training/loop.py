@@ -36,7 +36,7 @@ from cdetr_jax.training.evaluate import Results, detect_all, eval_programs, eval
 from cdetr_jax.training.feed import Feed
 from cdetr_jax.training.metrics import IntervalTimer, Progress, make_writer
 from cdetr_jax.training.parallel import Trainer, step_programs, unreplicate
-from cdetr_jax.training.processes import are_several, check_shared
+from cdetr_jax.training.processes import are_several, before_leaving, check_shared, on_all
 from cdetr_jax.training.start import (
     check_data,
     check_same_command,
@@ -56,9 +56,6 @@ _LESS_MEMORY = (
     "use a smaller config.train.batch_size, or a larger config.train.accumulation_steps for the same batch in smaller "
     "parts, smaller config.data.train_shapes, or config.model.compute_dtype=bfloat16"
 )
-
-
-_FINISH_S = 5  # that a process which has failed gives to the checkpoint that is being written
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -108,6 +105,7 @@ def _train(
     functions = build.make_step_functions(config, len(classes), schedules)
     trainer = Trainer(functions, devices)
     checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
+    before_leaving(checkpoints.finish)
     planned_from = {"steps_per_epoch": steps_per_epoch, "pictures": fingerprint(source)}
     state, start_step = initial_state(config, functions, checkpoints, planned_from, classes)
     check_same_state(state, start_step)
@@ -253,14 +251,13 @@ def _train(
             progress.close()
         if writer:
             writer.close()
-        if are_several() and sys.exception():
-            checkpoints.finish(_FINISH_S)  # while the others are still there
-        else:
+        if not (are_several() and sys.exception()):  # else it is finished before this process leaves
             checkpoints.close()
         if is_first_process and (workdir / "metrics.jsonl").exists():
             _draw(workdir)
     if batches.bad_files:
         logging.warning("%d damaged pictures were skipped: %s", len(batches.bad_files), sorted(batches.bad_files))
+    on_all(True)  # the first process may still have been saving
     if stop:
         where = f"; step {step} of {total_steps} is saved in {workdir}" if step else " before the first step"
         raise StoppedError(f"stopped{where}")

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ _FAILED, _SEEN, _ALIVE = "cdetr/failed", "cdetr/seen", "cdetr/alive"
 _SHOWN_FIELDS, _SHOWN_CHARACTERS = 5, 100
 
 _rounds = itertools.count()
+_last_acts: list[Callable[[], None]] = []
 
 
 def are_several() -> bool:
@@ -153,6 +154,11 @@ def wait_for_all() -> None:
         jax.distributed.shutdown()
 
 
+def before_leaving(act: Callable[[], None]) -> None:
+    """Has something done before this process leaves the others; it must not take long."""
+    _last_acts.append(act)
+
+
 def leave(status: int, cause: str, error: BaseException | None = None) -> None:
     """Ends this process now, if it is one of several, and lets the others know; else it does nothing.
 
@@ -165,6 +171,9 @@ def leave(status: int, cause: str, error: BaseException | None = None) -> None:
     if not are_several():
         return
     client, process = distributed.global_state.client, distributed.global_state.process_id
+    for act in _last_acts:
+        with contextlib.suppress(Exception):
+            act()
     if _comes_from_others(error):
         _flush()
         time.sleep(HEARTBEAT_S + 5)

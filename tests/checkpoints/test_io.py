@@ -140,13 +140,12 @@ def test_the_ap_comes_after_the_checkpoint_and_decides_what_is_kept(tmp_path):
 
 @pytest.mark.parametrize("looks", [[True, True, False], [True] * 9])
 def test_what_is_being_saved_is_finished_if_it_does_not_take_long(looks, tmp_path, monkeypatch):
-    """Where another process is gone, a save does not end."""
     checkpoints, now, left = Checkpoints(tmp_path), [0.0], iter(looks)
     monkeypatch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: next(left))
     monkeypatch.setattr(io.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(io.time, "sleep", lambda seconds: now.append(now.pop() + 1))
-    checkpoints.finish(5)
-    assert now[0] == min(looks.count(True), 5)
+    checkpoints.finish()
+    assert now[0] == min(looks.count(True), io.FINISH_S)
 
 
 # ------------------------------------------------------------------------------------------------- a full disk
