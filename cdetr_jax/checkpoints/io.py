@@ -55,7 +55,7 @@ class Checkpoints:
         self._saving: int | None = None
         self._policy = _LatestAndBest(keep, self._scores)
         with _without_warnings():
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._policy if self._writes else None,
@@ -280,6 +280,13 @@ class Checkpoints:
             return float(json.loads(self._score_file(step).read_text())["AP"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+class _Manager(ocp.CheckpointManager):
+    """Does not ask JAX itself whether the run is to stop: JAX takes the step for one of the numbers of `Stop.ask`."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def _alone() -> Any:

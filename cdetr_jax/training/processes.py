@@ -127,7 +127,7 @@ def watch_others() -> None:
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def explain(number: int) -> None:
         """JAX aborts a process when another one is lost, and does not say which; other aborts go on."""
-        silent = [key for key, (_, at) in heard.items() if time.monotonic() - at > HEARTBEAT_S / 2]
+        silent = [key for key, (_, at) in list(heard.items()) if time.monotonic() - at > HEARTBEAT_S / 2]
         if own in silent or not _listens(distributed.global_state.coordinator_address):
             silent = [f"{_ALIVE}/0"]  # through which the others are heard
         if silent:

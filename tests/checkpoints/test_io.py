@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from cdetr_jax.checkpoints import io
 from cdetr_jax.checkpoints.io import CHECKSUMS, Checkpoints, DamagedCheckpointError
@@ -136,6 +137,16 @@ def test_the_ap_comes_after_the_checkpoint_and_decides_what_is_kept(tmp_path):
     reader = Checkpoints(tmp_path, read_only=True)
     assert (reader.steps(), reader.best_step(), reader.latest_step()) == ([5, 6], 5, 6)
     assert (reader.score(5), reader.score(6)) == (0.6, None)
+
+
+def test_saving_does_not_ask_jax_whether_to_stop(tmp_path, monkeypatch):
+    """JAX compares the numbers that all who ask give it, and names one of them: a run counts, Orbax gives the step."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1000, state_of(1), POSITION)
+    checkpoints.close()
+    assert asked == []
 
 
 @pytest.mark.parametrize("looks", [[True, True, False], [True] * 9])

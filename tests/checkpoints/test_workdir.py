@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import ml_collections
-import orbax.checkpoint as ocp
 import pytest
 
+from cdetr_jax.checkpoints import io
 from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.checkpoints.workdir import load_classes, load_config, locked, save_classes, save_config
 from cdetr_jax.structs import Category
@@ -42,7 +42,7 @@ def test_orbax_is_given_the_bucket(bucket, monkeypatch):
         def all_steps(self):
             return []
 
-    monkeypatch.setattr(ocp, "CheckpointManager", Manager)
+    monkeypatch.setattr(io, "_Manager", Manager)
     assert Checkpoints("gs://bucket/run").directory == bucket / "run" / "checkpoints"
     assert list(map(str, given)) == ["gs://bucket/run/checkpoints"]
 
