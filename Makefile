@@ -1,6 +1,7 @@
 # make demo: train, evaluate and predict on drawn shapes, in minutes on two CPU cores.
 # make test: the default test suite.
 # make test-processes: tests with several real processes, minutes long.
+# make test-chaos: many faults in a run of two processes, minutes long.
 # make test-tpu: compiles the demo for a TPU, without one, in an environment of its own (libtpu: 0.7 GB).
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ DEMO ?= runs/demo
 DEMO_FLAGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow test-processes test-tpu lint clean
+.PHONY: demo test test-slow test-processes test-chaos test-tpu lint clean
 
 # The environment is made anew when what it is made from has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -37,7 +38,10 @@ test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
 test-processes: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m processes
+	$(BIN)/python -m pytest -m 'processes and not chaos'
+
+test-chaos: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m chaos -rP
 
 test-tpu:
 	$(PYTHON) -m venv $(VENV)-tpu

@@ -1,26 +1,53 @@
-"""A recipe for tests of several processes: a run of a minute, with the faults that the environment asks for.
+"""A recipe for tests of several processes: a short run, with the fault that the environment asks for.
 
-FAULT=process:part:call:kind, for example 1:step:5:TERM. part: step, evaluation or checkpoint. call: which one of this
-process's. kind: a signal's name, or error. FAULT_MARK=file: made when it happens.
+FAULT=process:part:call:kind[:milliseconds], for example 1:step:5:TERM. process: a number, or all. part: of PARTS.
+call: which one of this process's. kind: a signal's name, or error. milliseconds: so long after that call has begun.
+FAULT_MARK=file: made when it happens. EVALUATED=file: gets the ids of the pictures that an AP is computed from.
 """
 
+import json
 import os
 import signal
+import threading
 import time
 
+import jax
+from jax._src import cache_key
+
 from cdetr_jax.checkpoints.io import Checkpoints
+from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.models import resnet
+from cdetr_jax.training import evaluate, loop
+from cdetr_jax.training.ahead import Ahead
 from cdetr_jax.training.parallel import Trainer
 from configs import demo
 
-PARTS = {"step": (Trainer, "step"), "evaluation": (Trainer, "detect"), "checkpoint": (Checkpoints, "save")}
+PARTS = {
+    "start": (loop, "initial_state"),
+    "compilation": (Ahead, "wait"),
+    "step": (Trainer, "step"),
+    "checkpoint": (Checkpoints, "save"),
+    "evaluation": (Trainer, "detect"),
+    "score": (Checkpoints, "set_score"),
+    "picture": (SyntheticShapes, "load_image"),
+}
+COMPILATION_S = 30  # of a program, while a fault is to come in it
+MESSAGE = "a fault that was asked for"
 
 
 def get_config():
     """The demo's, with one block a stage and one decoder layer; 24 steps, evaluated after 12 and 24."""
     resnet.STAGE_SIZES["resnet18"] = (1, 1, 1, 1)
+    # On a CPU the name of a compiled program has in it which process it is, and only the first one writes.
+    cache_key._hash_accelerator_config = cache_key._hash_devices
     if fault := os.environ.get("FAULT"):
-        _add(*fault.split(":"))
+        process, part, call, kind, *milliseconds = fault.split(":")
+        if process in ("all", str(jax.process_index())):
+            _add(part, int(call), kind, int(*milliseconds) / 1000)
+        if kind in ("INT", "TERM"):
+            _slow_down()
+    if file := os.environ.get("EVALUATED"):
+        _note_pictures(file)
     config = demo.get_config()
     config.model.update({"backbone_width": 4, "width": 16, "num_heads": 2, "ffn_width": 16, "num_queries": 7})
     config.model.update({"dc5": False, "dropout": 0.1, "decoder_layers": 1, "encoder_layers": 0})
@@ -32,22 +59,51 @@ def get_config():
     return config
 
 
-def _add(process: str, part: str, call: str, kind: str) -> None:
+def _add(part, call, kind, seconds):
     owner, name = PARTS[part]
     before, calls = getattr(owner, name), []
 
-    def with_fault(*arguments, **settings):
-        import jax
+    def happen():
+        if mark := os.environ.get("FAULT_MARK"):
+            open(mark, "w").close()
+        if kind == "error":
+            raise ValueError(MESSAGE)
+        os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
 
+    def with_fault(*arguments, **settings):
         calls.append(name)
-        if jax.process_index() == int(process) and len(calls) == int(call):
-            if mark := os.environ.get("FAULT_MARK"):
-                open(mark, "w").close()
-            if kind == "error":
-                raise ValueError("a fault that was asked for")
-            os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
-        if kind in ("INT", "TERM") and len(calls) >= int(call):
-            time.sleep(1)  # JAX looks for a signal once a second, in which such a small run would be over
+        if len(calls) == call:
+            if seconds and kind != "error":
+                threading.Timer(seconds, happen).start()
+            else:
+                happen()
         return before(*arguments, **settings)
 
     setattr(owner, name, with_fault)
+    if part == "compilation":
+        compile_it = Ahead._compile
+        Ahead._compile = lambda *arguments: (time.sleep(COMPILATION_S), compile_it(*arguments))
+
+
+def _slow_down():
+    """JAX looks for a signal once a second, in which such a small run would be far."""
+    step = Trainer.step
+    mark = os.environ["FAULT_MARK"]
+
+    def slower(*arguments):
+        if os.path.exists(mark):
+            time.sleep(0.5)
+        return step(*arguments)
+
+    Trainer.step = slower
+
+
+def _note_pictures(file):
+    average_precision = evaluate.coco_average_precision
+
+    def noted(records, categories, results):
+        with open(file, "a") as lines:
+            print(json.dumps([result["image_id"] for result in results]), file=lines)
+        return average_precision(records, categories, results)
+
+    evaluate.coco_average_precision = noted

@@ -1,12 +1,14 @@
 """Real processes on this machine: the same weights however many there are, and what comes between them ends all.
 
-`pytest -m processes`. What process 0 compiles it finds again; the others compile at every start, as JAX has it.
+`make test-processes`, and `make test-chaos` for the one with many faults, which takes the longest.
 """
 
+import collections
 import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +19,9 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from recipe_with_faults import MESSAGE
 
+from cdetr_jax.checkpoints.workdir import locked
 from cdetr_jax.training.stopping import STOPPED
 
 pytestmark = pytest.mark.processes
@@ -26,16 +30,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = "tests/training/recipe_with_faults.py"
 STEPS = 24
 LONGEST_S = 30  # until the other process has ended
-# In turn in one workdir: which process, in its how many-th call of what, meets what; and how the two end.
-FAULTS = {
-    "0:checkpoint:1:error": (1, 1),
-    "1:step:2:KILL": (None, -signal.SIGKILL),
-    "0:evaluation:2:INT": (STOPPED, STOPPED),
-    "1:step:1:TERM": (STOPPED, STOPPED),
-    "0:step:2:KILL": (-signal.SIGKILL, None),
-    "1:step:1:STOP": (None, -signal.SIGKILL),
-    "1:evaluation:2:error": (1, 1),
-}
+# Of the chaos: in which part of a run, and in one of how many calls of it since the start, a process meets what.
+CALLS = {"start": 1, "compilation": 1, "step": 6, "checkpoint": 2, "evaluation": 3, "score": 1}
+KINDS = ["TERM"] * 9 + ["KILL"] * 10 + ["STOP"] * 3 + ["error"] * 8
+LONG_STEPS = 180
+SMALL_DISK = "2500k"
 
 
 @dataclasses.dataclass
@@ -72,6 +71,7 @@ def train(tmp_path):
                 "JAX_PLATFORMS": "cpu",
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={own['devices']} "
                 "--xla_cpu_multi_thread_eigen=false",
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }
             words = [sys.executable, "-m", "cdetr_jax", "train", f"--config={RECIPE}", f"--workdir={own['workdir']}"]
             if processes > 1:
@@ -80,10 +80,10 @@ def train(tmp_path):
             with (tmp_path / f"log{i}").open("w") as log:
                 running.append(subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log))
         started.extend(running)
-        stopped = int(fault.split(":")[0]) if fault.endswith("STOP") else None
+        stopped = int(fault.split(":")[0]) if ":STOP" in fault else None
         for i, process in enumerate(running):
             if i != stopped:
-                process.wait(600)
+                process.wait(300)
         ended = time.time()
         if stopped is not None:
             running[stopped].kill()
@@ -97,6 +97,17 @@ def train(tmp_path):
         process.wait()
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with room for a few checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", disk]).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -107,37 +118,103 @@ def weights(workdir, step=STEPS):
     return {name: np.asarray(x) for name, x in ocp.utils.to_flat_dict(state).items() if x is not None}
 
 
+def check_same(alone, disturbed, step=STEPS):
+    """Every bit of the state and of the evaluations."""
+    expected, found = weights(alone, step), weights(disturbed, step)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=str(name))
+    assert evaluations(disturbed) == evaluations(alone)
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
 def evaluations(workdir):
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [row for row in rows if row["kind"] == "eval"]
 
 
+def draw_faults(seed):
+    """As many of each part, at random places in it, to one process or all."""
+    rng = np.random.default_rng(seed)
+    parts = rng.permutation(list(CALLS) * (len(KINDS) // len(CALLS))).tolist()
+    for part, kind in zip(parts, rng.permutation(KINDS).tolist(), strict=True):
+        process = rng.choice(["0", "1", "all"] if kind != "STOP" else ["0", "1"])
+        yield f"{process}:{part}:{rng.integers(CALLS[part]) + 1}:{kind}:{rng.integers(500)}"
+
+
+def check_end(fault, ended):
+    """What met the fault ends as it says; the others because of it, and name it."""
+    process, _, _, kind, _ = fault.split(":")
+    own = {"TERM": STOPPED, "KILL": -signal.SIGKILL, "STOP": -signal.SIGKILL, "error": 1}[kind]
+    others = {"TERM": (STOPPED, ""), "error": (1, f" has failed: {MESSAGE}")}.get(kind, (STOPPED, " has ended, or is"))
+    for i, (status, log) in enumerate(zip(ended.statuses, ended.logs, strict=True)):
+        if process in ("all", str(i)):
+            assert status == own, log
+        else:
+            assert status == others[0], log
+            assert not others[1] or f"process {process} ({socket.gethostname()}){others[1]}" in log
+
+
+@pytest.mark.chaos
 def test_faults_in_two_processes_change_no_bit(train, folder):
     """Against one process with two devices, which is left alone."""
-    alone, disturbed = folder / "alone", folder / "disturbed"
-    assert train(1, 2, alone).statuses == [0]
-    longest_s = 0.0
-    for fault, statuses in FAULTS.items():
-        ended = train(2, 1, disturbed, fault=fault)
-        print(fault, ended.statuses, f"{ended.after_s:.1f} s", *ended.logs, sep="\n")
-        for status, expected in zip(ended.statuses, statuses, strict=True):
-            assert status == expected if expected is not None else status not in (0, STOPPED)
-        if fault.endswith("error"):
-            assert "a fault that was asked for" in ended.logs[0]
-            assert "a fault that was asked for" in ended.logs[1]
+    alone, disturbed, steps, start = folder / "long", folder / "disturbed", LONG_STEPS, time.monotonic()
+    long = [f"--config.train.num_epochs={steps // 6}", "--config.train.checkpoint_every_steps=3"]
+    assert train(1, 2, alone, *long).statuses == [0]
+    faults, reached, steps_again, longest_s = list(draw_faults(0)), 0, 0, 0.0
+    for fault in faults:
+        ended = train(2, 1, disturbed, *long, fault=fault)
+        going_on, done = (re.findall(form, ended.logs[0]) for form in (r"Going on from step (\d+)", r" step (\d+)/"))
+        again = reached - int(going_on[0] if going_on else 0) if done else 0
+        reached = int(done[-1]) if done else reached
+        print(f"{fault}: {ended.statuses} after {ended.after_s:.1f} s, {again} steps again, step {reached}")
+        check_end(fault, ended)
+        steps_again += again
         longest_s = max(longest_s, ended.after_s)
+    print(
+        f"{len(faults)} faults, as many restarts, {steps_again} of {steps} steps done again, at most {longest_s:.1f} s "
+        f"until all had ended; {time.monotonic() - start:.0f} s in all"
+    )
     assert longest_s < LONGEST_S
-    assert train(2, 1, disturbed).statuses == [0, 0]
-    expected, found = weights(alone), weights(disturbed)
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=str(name))
-    assert evaluations(disturbed) == evaluations(alone)
-    print(f"{len(FAULTS)} faults; at most {longest_s:.1f} s until all had ended")
+    assert train(2, 1, disturbed, *long).statuses == [0, 0]
+    check_same(alone, disturbed, steps)
 
 
-def test_two_devices_in_each_of_two_processes_are_as_four_in_one(train, folder):
-    """Gradients are summed in another order, so the bits differ; the same weights have the same AP."""
+def test_what_goes_wrong_on_one_process_is_a_line_of_both_and_loses_nothing(train, folder, small_disk):
+    """A disk that is full, a picture that cannot be read, another run in the workdir, and a damaged checkpoint."""
+    alone, workdir = folder / "alone", small_disk / "w"
+    assert train(1, 2, alone).statuses == [0]
+
+    def fails(line, **settings):
+        ended = train(2, 1, workdir, **settings)
+        assert ended.statuses == [1, 1], ended.logs
+        for log in ended.logs:
+            assert line in log
+            assert "Traceback" not in log
+        return saved_steps(workdir)
+
+    steps = fails("the disk is full; the earlier ones are whole: free some space")
+    assert 0 < steps[-1] < STEPS
+    subprocess.run(["mount", "-o", "remount,size=99m", small_disk], check=True)
+    assert fails(MESSAGE, fault="1:picture:9:error") >= steps
+    with locked(workdir):
+        newest = fails(f"another run trains in {workdir}: process {os.getpid()} on {socket.gethostname()}")[-1]
+    [first, *_] = sorted((workdir / "checkpoints" / str(newest) / "state").rglob("d/*"))
+    first.write_bytes(first.read_bytes()[:-9])
+    ended = train(2, 1, workdir)
+    assert ended.statuses == [0, 0], ended.logs
+    for log in ended.logs:
+        assert f"checkpoints/{newest} is damaged" in log
+    check_same(alone, workdir)
+
+
+def test_two_devices_in_each_of_two_processes_are_as_four_in_one(train, folder, tmp_path, monkeypatch):
+    """Gradients are summed in another order, so the bits differ, and with them APs; the same weights have the same."""
+    evaluated = tmp_path / "evaluated"
+    monkeypatch.setenv("EVALUATED", str(evaluated))
     one, two, copy = (folder / name for name in ("1x4", "2x2", "copy"))
     short = "--config.train.num_epochs=2"
     assert train(1, 4, one, short).statuses == [0]
@@ -152,6 +229,11 @@ def test_two_devices_in_each_of_two_processes_are_as_four_in_one(train, folder):
     first, again = evaluations(copy)
     assert abs(first["AP"] - again["AP"]) < 1e-6
     assert first["AP"] > 0
+    counts = [collections.Counter(json.loads(line)) for line in evaluated.read_text().splitlines()]
+    assert counts[0] == counts[1]  # each process wrote what it computes an AP from, and only the first one computes one
+    assert len(counts) == 2
+    assert len(counts[0]) == 11
+    assert set(counts[0].values()) == {min(counts[0].values())}
 
 
 @pytest.mark.parametrize(
