@@ -125,7 +125,7 @@ def _train(
             logging.info("%s", describe_parameters(workdir, state.params, frozen))
     writer = make_writer(workdir) if is_first_process else None
     if writer:
-        writer.truncate_after(start_step)
+        writer.truncate_after(start_step, is_evaluated=checkpoints.score(start_step) is not None)
     logging.info(
         "%d pictures, %d steps an epoch, %d steps in all, on %d device(s) of %d process(es)",
         len(source), steps_per_epoch, total_steps, device_count, jax.process_count(),
@@ -147,17 +147,17 @@ def _train(
         checkpoints.save(step, saved, {"epoch": epoch, "batch": step_of_epoch, **planned_from})
 
     def evaluate_now(step: int, stop: Stop) -> dict[str, float] | None:
-        """The AP of a saved step goes to its checkpoint, the metrics, the log and the pictures. None after a stop."""
+        """The AP of a saved step goes to the metrics, the pictures, its checkpoint and the log. None after a stop."""
         say("step %d: evaluating on %d pictures", step, len(eval_source))
         variables = state.eval_variables
         results = detect_all(config, trainer, variables, eval_source, eval_plan, classes, ahead, stop)
         if stop:
             return None
         summary = shared_summary(eval_source, results)
-        checkpoints.set_score(step, summary["AP"])
         if writer:
             writer.write_scalars(step, summary, epoch=step / steps_per_epoch, kind="eval")
             _draw(workdir, lambda: draw_sheet(step, results, variables))
+        checkpoints.set_score(step, summary["AP"])  # last: without it a run that goes on evaluates this step again
         say("step %d: AP %.4f, AP50 %.4f", step, summary["AP"], summary["AP50"])
         return summary
 

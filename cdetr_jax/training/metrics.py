@@ -48,10 +48,16 @@ class MetricsFile:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
-    def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps than this one, which a resumed run will write again; all of it or nothing."""
+    def truncate_after(self, step: int, is_evaluated: bool = True) -> None:
+        """Drops what a resumed run will write again, all of it or nothing.
+
+        Args:
+          step: the lines of later steps go.
+          is_evaluated: False, if this step's evaluation is to be done again; then its line goes too.
+        """
         if self.path.exists():
-            self._replace([row for row in read_metrics(self.path) if row["step"] <= step])
+            last = {"train": step, "eval": step if is_evaluated else step - 1}
+            self._replace([row for row in read_metrics(self.path) if row["step"] <= last[row["kind"]]])
 
     def _replace(self, rows: list[dict]) -> None:
         with whole_file(self.path) as temporary:
@@ -79,9 +85,9 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.write_picture(step, name, content, width, height)
 
-    def truncate_after(self, step: int) -> None:
-        """At resume: drops what was written after the restored step; TensorBoard stops showing it."""
-        self._file.truncate_after(step)
+    def truncate_after(self, step: int, is_evaluated: bool = True) -> None:
+        """At resume, as `MetricsFile.truncate_after`: TensorBoard stops showing what comes after the restored step."""
+        self._file.truncate_after(step, is_evaluated)
         if self._tensorboard is not None:
             self._tensorboard.hide_after(step)
 

@@ -336,7 +336,8 @@ def test_a_step_that_does_not_fit_the_memory_ends_in_one_line_that_says_what_to_
         loop.train_and_evaluate(make_config(), tmp_path)
 
 
-def test_an_evaluation_that_failed_is_made_up_for(undisturbed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("owner", [(evaluate, "coco_average_precision"), (Checkpoints, "set_score")])
+def test_an_evaluation_that_failed_is_made_up_for(owner, undisturbed, tmp_path, monkeypatch):
     """The step is saved before; the same command then evaluates it, and gives what it would have given."""
     config = make_config(train={"max_steps": 2, "checkpoint_every_steps": 100}, eval={"every_epochs": 1})
 
@@ -344,7 +345,7 @@ def test_an_evaluation_that_failed_is_made_up_for(undisturbed, tmp_path, monkeyp
         raise MemoryError("too many pictures")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "coco_average_precision", fail)
+        patch.setattr(*owner, fail)
         with pytest.raises(MemoryError):
             loop.train_and_evaluate(config, tmp_path)
     check_same(tmp_path, undisturbed[1], 2)
