@@ -9,6 +9,7 @@ from absl import logging
 
 from cdetr_jax.classes import ClassTable, class_table, label_of
 from cdetr_jax.data.buckets import bucket_of, by_area
+from cdetr_jax.data.folders import read_split
 from cdetr_jax.data.joined import JoinedSource
 from cdetr_jax.data.pipeline import Batches, eval_batches, sizes_hw, train_batches
 from cdetr_jax.data.plan import (
@@ -59,6 +60,8 @@ def make_source(config: ml_collections.ConfigDict, split: str) -> Source:
             sides=shapes.sides,
             hue_by_class=shapes.hue_by_class,
         )
+    if data.source == "folder":
+        return read_split(data.folder, data[f"{split}_split"], data.split_seed, data.split_file)
     parts = []
     if "coco_folder" in data.source:
         parts += [(images, CocoFolder(images, annotations)) for images, annotations in _folders(data, split)]
@@ -241,6 +244,8 @@ def _log_scaled_down(source: Source, is_scaled: np.ndarray, field: str) -> None:
 
 def _origin(data: ml_collections.ConfigDict, split: str) -> str:
     """Where a split's annotations come from."""
+    if data.source == "folder":
+        return f"config.data.folder, {data.folder}"
     if "coco_folder" in data.source and data[f"{split}_annotations"]:
         return f"config.data.{split}_annotations, {data[f'{split}_annotations']}"
     return f"config.data.tfds_name and {split}_split, {data.tfds_name} {data[f'{split}_split']}"

@@ -44,7 +44,12 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     loss.no_object_weight = 0.1  # softmax only
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = "coco_folder"  # coco_folder | tfds | coco_folder+tfds | synthetic
+    data.source = "coco_folder"  # folder | coco_folder | tfds | coco_folder+tfds | synthetic
+    # folder: COCO, YOLO or Pascal VOC, found out; --data=FOLDER sets these. train_split and eval_split, below, name its
+    # splits: train, validation, test. Where it has but one, a part is held out, as the seed decides, and written down.
+    data.folder = ""
+    data.split_file = ""  # JSON with the names of both parts: used if it is there, else written
+    data.split_seed = 0
     # Several folders, or several TFDS sets: the names with commas between them, as in "a/train,b/train" (a single path
     # may have a comma itself). Categories are joined by name. With coco_folder+tfds an empty name leaves that part
     # out, for example of the evaluation.
@@ -54,7 +59,7 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     data.eval_annotations = "data/coco/annotations/instances_val2017.json"
     data.tfds_name = "coco/2017"  # tfds: a set with objects/bbox and objects/label, made by `cdetr prepare`
     data.tfds_data_dir = "data/tfds"  # tfds: --data_dir of `cdetr prepare`
-    data.train_split = "train"  # tfds: as TFDS writes it, "train+validation" or "train[:1%]" too
+    data.train_split = "train"  # folder; tfds: as TFDS writes it, "train+validation" or "train[:1%]" too
     data.eval_split = "validation"
     data.class_ids = "category_id"  # category_id: logit = COCO id (published) | contiguous: logit = rank of the id
     data.on_error = "raise"  # raise: stop at a damaged picture and name it | skip: replace it, count it

@@ -29,7 +29,8 @@ losses/criterion
 data/coco_categories data/cache data/synthetic
 data/sources
 data/tfds_source
-data/joined data/archives
+data/joined data/archives data/yolo data/voc
+data/folders
 data/tfds_prepare
 data/buckets
 data/plan

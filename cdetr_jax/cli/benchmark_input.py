@@ -9,7 +9,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from cdetr_jax.config_check import check_config, count_train_devices
 from cdetr_jax.data.pipeline import Batches
 from cdetr_jax.data.plan import EpochPlan, real_pixels, real_pixels_otherwise, train_plan
 from cdetr_jax.data.reader import usable_cores
-from cdetr_jax.data.sources import BadPictureError, CocoFolder, Source, open_image
+from cdetr_jax.data.sources import BadPictureError, PictureFolder, Source, open_image
 from cdetr_jax.data.transforms import transform_picture
 from cdetr_jax.models.detector import MEAN_RGB, STD_RGB
 from cdetr_jax.structs import Batch
@@ -207,7 +206,7 @@ def _time_stages(config: ml_collections.ConfigDict, source: Source, plan: EpochP
     rows = rows[np.linspace(0, len(rows) - 1, _SAMPLE).astype(int)]
     shapes_hw = np.repeat(plan.shapes_hw, plan.rows.shape[1], axis=0)
     shapes_hw = shapes_hw[np.linspace(0, len(shapes_hw) - 1, _SAMPLE).astype(int)]
-    folder = Path(config.data.train_images.strip()) if isinstance(source, CocoFolder) else None
+    folder = source.folder if isinstance(source, PictureFolder) else None
     names = [*(["read", "decode"] if folder else ["read and decode"]), "flip, crop, resize", "pad"]
     seconds = []
     for row, shape_hw in zip(rows, shapes_hw, strict=True):

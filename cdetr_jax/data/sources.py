@@ -10,12 +10,12 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from cdetr_jax.data.cache import Table, cached_table, fingerprint_of, in_parallel
 from cdetr_jax.records import Category, Record
@@ -35,6 +35,10 @@ PICTURE_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+
+
+SPLITS = {"train": "train", "validation": "val|valid|validation", "test": "test"}  # ours: as folders call them
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".mpo")
 
 
 class BadPictureError(ValueError):
@@ -132,10 +136,175 @@ def bad_picture(path: str | Path, error: Exception, advice: str = "") -> BadPict
     return BadPictureError(f"{path}: cannot read this picture ({cause}){advice}")
 
 
+# --------------------------------------------------------------------------------------------- picture folders
+
+
+class PictureFolder:
+    """Annotated pictures in a folder, whatever format the annotations came in.
+
+    Attributes:
+      folder: that `file_name` of the records is relative to.
+      records, categories: see `Source`.
+      annotations: the file or folder of the annotations, for messages.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        records: Sequence[Record],
+        categories: Sequence[Category],
+        annotations: str | Path,
+        *,
+        places: Sequence[tuple[str, Sequence[int]]] | None = None,
+        turned: bool = False,
+    ):
+        """Holds what a reader found.
+
+        Args:
+          places: of each record, the annotation file and the line of each of its boxes; None: all in one file.
+          turned: sizes and boxes are of the picture turned as its EXIF tag says; else see `open_image`.
+        """
+        self.folder, self.annotations = folder, annotations
+        self.records, self.categories = tuple(records), tuple(sorted(categories, key=lambda c: c.id))
+        self._places, self._turned = places, turned
+        _report_equal_names(annotations, self.categories)
+        if places is not None:
+            where = [(i, k) for i, record in enumerate(self.records) for k in range(len(record.category_ids))]
+            _report_unusable(annotations, self.records, lambda n: f"{self.place_of(*where[n])}, a box")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load_image(self, i: int) -> np.ndarray:
+        """Returns picture `i` as uint8 [H, W, 3] RGB; see `open_image`."""
+        return np.array(self.open_image(i))
+
+    def open_image(self, i: int) -> Image.Image:
+        """Returns picture `i` as a Pillow image of mode RGB.
+
+        It comes as stored, as in the published code, if that is the annotated size; if only the picture turned by its
+        EXIF tag has the annotated size, it is turned. With `turned` it always is.
+        Raises: BadPictureError, if the file is missing or damaged, or its size is not the annotated one: damage to a
+          header and a wrong annotation look alike.
+        """
+        record = self.records[i]
+        path = self.folder / record.file_name
+        wanted = record.width, record.height
+        picture = None
+        try:
+            with open_checked(path) as image:
+                stored = image.size
+                if stored in (wanted, wanted[::-1]):  # else not worth decoding, however large its header says it is
+                    as_stored = stored == wanted and not self._turned
+                    picture = rgb_image(image if as_stored else ImageOps.exif_transpose(image))
+        except PICTURE_ERRORS as error:
+            raise bad_picture(path, error) from error
+        if picture is None or picture.size != wanted:
+            raise BadPictureError(
+                f"{path}: the picture is {stored[0]} x {stored[1]} pixels but image {record.image_id} is annotated as "
+                f"{record.width} x {record.height} (width x height); its boxes would be wrong"
+            )
+        return picture
+
+    def missing_files(self) -> list[str]:
+        """Paths of the pictures that are not there; lists folders, which costs less than asking for each file."""
+        by_folder: dict[Path, list[str]] = {}
+        for record in self.records:
+            path = self.folder / record.file_name
+            by_folder.setdefault(path.parent, []).append(path.name)
+        missing = []
+        for folder, names in by_folder.items():
+            there = set(os.listdir(folder)) if folder.is_dir() else set()
+            missing += [str(folder / name) for name in names if name not in there and not (folder / name).exists()]
+        return missing
+
+    def place_of(self, i: int, k: int) -> str:
+        """Says where box `k` of record `i` is annotated: file and line, or file, picture and number."""
+        if self._places is None:
+            return f"{self.annotations}: box {k + 1} of {self.records[i].file_name}"
+        file, lines = self._places[i]
+        return f"{file}:{lines[k]}"
+
+    def part(self, indices: Sequence[int]) -> "PictureFolder":
+        """Some of the pictures, as a source of their own."""
+        places = None if self._places is None else [self._places[i] for i in indices]
+        records = [self.records[i] for i in indices]
+        return PictureFolder(
+            self.folder, records, self.categories, self.annotations, places=places, turned=self._turned
+        )
+
+
+def sizes_in_headers(
+    folder: Path,
+    names: Sequence[str],
+    cache: str | Path,
+    advice: Callable[[int], str] = lambda i: "",
+    *,
+    turned: bool = False,
+) -> list[list[int]]:
+    """Height and width of pictures, from the table cached in a file or from the pictures' headers.
+
+    Args:
+      names: of the pictures in the folder.
+      cache: see `cached_table`.
+      advice: what to add to the error about picture i.
+      turned: as the EXIF tag says.
+    Raises: BadPictureError, if one cannot be read.
+    """
+    if not names:
+        return []
+
+    @contextlib.contextmanager
+    def naming(i: int) -> Iterator[Path]:
+        try:
+            yield folder / names[i]
+        except PICTURE_ERRORS as error:
+            raise bad_picture(folder / names[i], error, advice(i)) from error
+
+    def state(i: int) -> tuple[str, int, int]:
+        with naming(i) as path:
+            found = path.stat()
+            return names[i], found.st_size, found.st_mtime_ns
+
+    def size(i: int) -> tuple[int, int]:
+        with naming(i) as path, open_checked(path) as image:
+            on_its_side = turned and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if on_its_side else (image.height, image.width)
+
+    def make() -> Table:
+        return {"sizes_hw": np.array(in_parallel(size, range(len(names)), "picture sizes"), np.int32)}
+
+    files = [folder.absolute(), turned, *in_parallel(state, range(len(names)), "picture files")]
+    what = f"the sizes of {len(names)} pictures that {cache} is to hold"
+    return cached_table(cache, fingerprint_of(files), what, make)["sizes_hw"].tolist()
+
+
+def pictures_in(folder: Path, *, deep: bool = False) -> list[Path]:
+    """The pictures of a folder, and with `deep` of the folders in it, sorted."""
+    return sorted(
+        path
+        for path in folder.glob("**/*" if deep else "*")
+        if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != "."
+    )
+
+
+def split_name(text: str) -> str:
+    """`train`, `validation` or `test` of any of its spellings; another text as it is."""
+    return next((name for name, spellings in SPLITS.items() if re.fullmatch(spellings, text)), text)
+
+
+def plain_record(
+    image_id: int, name: str, size_hw: Sequence[int], boxes_xywh_px: np.ndarray, ids: np.ndarray
+) -> Record:
+    """A record of a format that knows neither crowds nor areas."""
+    crowds, areas = np.zeros(len(ids), bool), boxes_xywh_px[:, 2] * boxes_xywh_px[:, 3]
+    return Record(image_id, name, *map(int, size_hw), boxes_xywh_px, ids, crowds, areas)
+
+
 # ------------------------------------------------------------------------------------------------ COCO folder
 
 
-class CocoFolder:
+class CocoFolder(PictureFolder):
     """A folder of pictures with a COCO instances JSON; records in order of image id, boxes as annotated."""
 
     def __init__(self, images: str | Path, annotations: str | Path):
@@ -151,67 +320,25 @@ class CocoFolder:
         Raises: FileNotFoundError, if the folder or the file is missing; ValueError, if the file is not as COCO
           defines it; BadPictureError, if a height or width is missing and the picture cannot be read either.
         """
-        self._folder = Path(images)
-        if not self._folder.is_dir():
+        folder = Path(images)
+        if not folder.is_dir():
             raise FileNotFoundError(
-                f"{self._folder}: no such folder of pictures; it goes with {annotations}: set config.data.train_images "
+                f"{folder}: no such folder of pictures; it goes with {annotations}: set config.data.train_images "
                 "and config.data.eval_images to the folders that hold the pictures"
             )
         with _without_garbage_collection():
             content = _read_json(Path(annotations))
-            categories = _Table.of(annotations, content, "categories")
-            ids = categories.unique_ids()
-            names = categories.column("name", "a text", _text)
-            self.categories = tuple(sorted(map(Category, ids, names), key=lambda c: c.id))
-            _report_equal_names(annotations, self.categories)
-            self.records = self._read_records(_Table.of(annotations, content, "images"), content, set(ids))
+            table = _Table.of(annotations, content, "categories")
+            ids = table.unique_ids()
+            categories = list(map(Category, ids, table.column("name", "a text", _text)))
+            records = self._read_records(folder, _Table.of(annotations, content, "images"), content, set(ids))
+        root = _supercategory(table.rows, ids, records)
+        if root is not None:
+            logging.info("%s: category %d names no object but all the others, and is left out", annotations, root)
+        super().__init__(folder, records, [c for c in categories if c.id != root], annotations)
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def load_image(self, i: int) -> np.ndarray:
-        """Returns picture `i` as uint8 [H, W, 3] RGB; see `open_image`."""
-        return np.array(self.open_image(i))
-
-    def open_image(self, i: int) -> Image.Image:
-        """Returns picture `i` as a Pillow image of mode RGB.
-
-        It comes as stored, as in the published code, if that is the annotated size; if only the picture turned by its
-        EXIF tag has the annotated size, it is turned.
-        Raises: BadPictureError, if the file is missing or damaged, or its size is not the annotated one: damage to a
-          header and a wrong annotation look alike.
-        """
-        record = self.records[i]
-        path = self._folder / record.file_name
-        wanted = record.width, record.height
-        picture = None
-        try:
-            with open_checked(path) as image:
-                stored = image.size
-                if stored in (wanted, wanted[::-1]):  # else not worth decoding, however large its header says it is
-                    picture = rgb_image(image if stored == wanted else ImageOps.exif_transpose(image))
-        except PICTURE_ERRORS as error:
-            raise bad_picture(path, error) from error
-        if picture is None or picture.size != wanted:
-            raise BadPictureError(
-                f"{path}: the picture is {stored[0]} x {stored[1]} pixels but image {record.image_id} is annotated as "
-                f"{record.width} x {record.height} (width x height); its boxes would be wrong"
-            )
-        return picture
-
-    def missing_files(self) -> list[str]:
-        """Paths of the pictures that are not there; lists folders, which costs less than asking for each file."""
-        by_folder: dict[Path, list[str]] = {}
-        for record in self.records:
-            path = self._folder / record.file_name
-            by_folder.setdefault(path.parent, []).append(path.name)
-        missing = []
-        for folder, names in by_folder.items():
-            there = set(os.listdir(folder)) if folder.is_dir() else set()
-            missing += [str(folder / name) for name in names if name not in there and not (folder / name).exists()]
-        return missing
-
-    def _read_records(self, images: "_Table", content: dict, category_ids: set[int]) -> tuple[Record, ...]:
+    @staticmethod
+    def _read_records(folder: Path, images: "_Table", content: dict, category_ids: set[int]) -> list[Record]:
         image_ids = images.unique_ids()
         names = images.column("file_name", "a text", lambda v: _text(v) or None)
         sizes = [
@@ -239,45 +366,33 @@ class CocoFolder:
         records = []
         heights, widths = sizes
         unknown = [i for i in order if heights[i] is None or widths[i] is None]
-        for i, (height, width) in zip(unknown, self._sizes_in_headers(images, unknown, names), strict=True):
+
+        def advice(k: int) -> str:
+            return f"; {images.path}: {images.name_of(unknown[k])} has no height and width: add them, or take it out"
+
+        found = sizes_in_headers(folder, [names[i] for i in unknown], f"{images.path}.sizes.npz", advice)
+        for i, (height, width) in zip(unknown, found, strict=True):
             heights[i], widths[i] = height, width
         for i, start, stop in zip(order, starts[:-1], starts[1:], strict=True):
             cut = slice(start, stop)
             records.append(
                 Record(image_ids[i], names[i], heights[i], widths[i], boxes[cut], labels[cut], crowds[cut], areas[cut])
             )
-        _report_unusable(images.path, records, objects.rows, by_image)
-        return tuple(records)
 
-    def _sizes_in_headers(self, images: "_Table", rows: list[int], names: list[str]) -> list[list[int]]:
-        """Height and width of the pictures of some rows, from the cached table or the files."""
-        if not rows:
-            return []
+        def describe(k: int) -> str:
+            row = objects.rows[by_image[k]]
+            return f"annotation {row.get('id', 'without id')}, bbox {row['bbox']},"
 
-        def state(i: int) -> tuple[str, int, int]:
-            with self._naming(images, i, names[i]):
-                found = (self._folder / names[i]).stat()
-                return names[i], found.st_size, found.st_mtime_ns
+        _report_unusable(images.path, records, describe)
+        return records
 
-        def size(i: int) -> tuple[int, int]:
-            with self._naming(images, i, names[i]), open_checked(self._folder / names[i]) as image:
-                return image.height, image.width
 
-        def make() -> Table:
-            return {"sizes_hw": np.array(in_parallel(size, rows, "picture sizes"), np.int32)}
-
-        files = [self._folder.absolute(), *in_parallel(state, rows, "picture files")]
-        what = f"the sizes of {len(rows)} pictures that {images.path} does not tell"
-        return cached_table(f"{images.path}.sizes.npz", fingerprint_of(files), what, make)["sizes_hw"].tolist()
-
-    @contextlib.contextmanager
-    def _naming(self, images: "_Table", i: int, name: str) -> Iterator[None]:
-        """Turns what is wrong with a picture whose size has to be read into an error that names it."""
-        try:
-            yield
-        except PICTURE_ERRORS as error:
-            advice = f"; {images.path}: {images.name_of(i)} has no height and width: add them, or take it out"
-            raise bad_picture(self._folder / name, error, advice) from error
+def _supercategory(rows: list[dict], ids: list[int], records: Sequence[Record]) -> int | None:
+    """The id of the category that Roboflow puts before the classes: above all of the others, and without objects."""
+    above = {str(row.get("supercategory")) for row in rows} - {"none"}
+    roots = [i for row, i in zip(rows, ids, strict=True) if {row["name"]} == above and row["supercategory"] == "none"]
+    is_used = any((record.category_ids == root).any() for root in roots for record in records)
+    return roots[0] if len(roots) == 1 and not is_used else None
 
 
 @contextlib.contextmanager
@@ -318,23 +433,26 @@ def clip_to_picture(boxes_xywh_px: np.ndarray, heights: Any, widths: Any) -> tup
     return np.stack([left, top, right, bottom], axis=-1), (right > left) & (bottom > top)
 
 
-def _report_unusable(path: str | Path, records: list[Record], objects: list[dict], by_image: np.ndarray) -> None:
-    """Logs how many boxes can be no training target; evaluation keeps them all."""
-    if not by_image.size:
-        return
+def _report_unusable(path: str | Path, records: Sequence[Record], describe: Callable[[int], str]) -> None:
+    """Logs how many boxes can be no training target; evaluation keeps them all.
+
+    Args:
+      describe: says which box is the k-th of all.
+    """
     counts = [len(record.boxes_xywh_px) for record in records]
+    if not sum(counts):
+        return
     heights = np.repeat([record.height for record in records], counts)
     widths = np.repeat([record.width for record in records], counts)
     inside = clip_to_picture(np.concatenate([record.boxes_xywh_px for record in records]), heights, widths)[1]
     unusable = np.flatnonzero(~inside & ~np.concatenate([record.is_crowd for record in records]))
     if unusable.size:
-        first = objects[by_image[unusable[0]]]
-        record = records[np.searchsorted(np.cumsum(counts), unusable[0], side="right")]
+        first = int(unusable[0])
+        record = records[np.searchsorted(np.cumsum(counts), first, side="right")]
         logging.warning(
-            "%s: %d of %d boxes have no area inside their picture and are left out of training; the first is "
-            "annotation %s of %s (%d x %d pixels): bbox %s",
-            *(path, unusable.size, by_image.size, first.get("id", "without id"), record.file_name),
-            *(record.width, record.height, first["bbox"]),
+            "%s: %d of %d boxes have no area inside their picture and are left out of training; the first is %s of %s "
+            "(%d x %d pixels)",
+            *(path, unusable.size, sum(counts), describe(first), record.file_name, record.width, record.height),
         )
 
 

@@ -30,6 +30,8 @@ FREE_GROUPS = ("eval",)
 FREE_FIELDS = (
     "data.workers",
     "data.threads",
+    "data.folder",
+    "data.split_file",
     "data.eval_images",
     "data.eval_annotations",
     "data.train_images",
@@ -100,7 +102,8 @@ def check_data(
     Raises: ValueError, if the evaluation set has no picture, one of a size that cannot be, or no class of the training
       set; FileNotFoundError, if pictures are missing, unless damaged ones are to be skipped, when it only warns.
     """
-    sets = (("training", "train_images", source), ("evaluation", "eval_images", eval_source))
+    fields = ("folder", "folder") if config.data.source == "folder" else ("train_images", "eval_images")
+    sets = zip(("training", "evaluation"), fields, (source, eval_source), strict=True)
     for what, field, each in sets:
         missing = missing_files(each) if each is not None else []
         if missing:
