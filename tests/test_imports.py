@@ -30,7 +30,7 @@ data/coco_categories data/cache data/synthetic
 data/sources
 data/tfds_source
 data/joined data/archives data/yolo data/voc
-data/folders
+data/folders data/findings
 data/tfds_prepare
 data/buckets
 data/plan
@@ -62,10 +62,10 @@ training/attention
 training/loop
 compare
 cli/settings cli/arguments cli/predict_video
-cli/processes
+cli/processes cli/data_flag
 cli/benchmark_input cli/benchmark_compile
 cli/train cli/compare cli/curve cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare cli/configs
-cli/attention
+cli/attention cli/data
 cli/main
 """
 RANK = {

@@ -12,7 +12,8 @@ import numpy as np
 
 from cdetr_jax import build
 from cdetr_jax.cli import benchmark_compile, benchmark_input
-from cdetr_jax.cli.settings import read_config
+from cdetr_jax.cli.data_flag import config_of
+from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.config_check import check_config, count_train_devices
 from cdetr_jax.device_memory import must_fit
 from cdetr_jax.structs import Batch, Targets
@@ -59,10 +60,12 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
     Raises: ValueError, if the config is wrong, or the batch does not divide among the devices.
     """
+    if arguments.data:
+        set_up_logging()  # it says what was found
     if arguments.what != "step":
         {"input": benchmark_input, "compile": benchmark_compile}[arguments.what].run(arguments, fields)
         return
-    config = read_config(arguments.config, fields)
+    config = config_of(arguments.config, arguments.data, fields)
     check_config(config)
     arguments.batch = arguments.batch or 2
     device_count = count_train_devices(arguments.batch, 1, jax.local_device_count(), name="--batch")
@@ -119,7 +122,8 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
     device = jax.devices()[0]
     print(
-        f"{arguments.config}, {config.model.compute_dtype}, batch {arguments.batch}, {height}x{width}, "
+        f"{arguments.config or arguments.data}, {config.model.compute_dtype}, "
+        f"batch {arguments.batch}, {height}x{width}, "
         f"{arguments.targets} targets, jax {jax.__version__}, {device_count} x {device.device_kind}"
     )
     print(f"{'first step, with compilation':30s} {compile_s:9.2f} s")

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from cdetr_jax import build
-from cdetr_jax.cli.settings import read_config
+from cdetr_jax.cli.data_flag import config_of
 from cdetr_jax.config_check import check_config, count_train_devices
 from cdetr_jax.training.parallel import Program, Trainer
 from cdetr_jax.training.step import TrainState, new_rng
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     Raises: ValueError, if the config, its data or the topology are wrong; FileNotFoundError, if it has no padded shapes
       and its pictures are missing; ModuleNotFoundError without libtpu.
     """
-    config = read_config(arguments.config, fields)
+    config = config_of(arguments.config, arguments.data, fields)
     check_config(config)
     devices = _devices(arguments.topology)
     jax.config.update("jax_enable_compilation_cache", False)  # the times of compilations are asked for
@@ -132,7 +132,8 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         shapes.append(Shape(shape_hw, eval_batch, compile_all(programs, shape_hw, known)))
 
     print(
-        f"{arguments.config}, {config.model.compute_dtype}, {len(devices)} x {devices[0].device_kind}, "
+        f"{arguments.config or arguments.data}, {config.model.compute_dtype}, "
+        f"{len(devices)} x {devices[0].device_kind}, "
         f"jax {jax.__version__}\n\n{programs_table(shapes)}\n\n{shapes_table(shapes, state, parts, devices[0])}"
     )
     print(NOTES)

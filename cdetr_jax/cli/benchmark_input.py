@@ -17,7 +17,7 @@ import numpy as np
 
 from cdetr_jax import build
 from cdetr_jax.classes import class_table
-from cdetr_jax.cli.settings import read_config
+from cdetr_jax.cli.data_flag import config_of
 from cdetr_jax.config_check import check_config, count_train_devices
 from cdetr_jax.data.pipeline import Batches
 from cdetr_jax.data.plan import EpochPlan, real_pixels, real_pixels_otherwise, train_plan
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
     Raises: ValueError, FileNotFoundError, if the config or its data are wrong.
     """
-    config = read_config(arguments.config, fields)
+    config = config_of(arguments.config, arguments.data, fields)
     check_config(config)
     batch_size, parts = config.train.batch_size, config.train.accumulation_steps
     device_count = count_train_devices(batch_size, parts, jax.local_device_count())
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         size = plan.rows.shape[1]
         noun = "batch" if parts == 1 else "micro-batch"
         batched = f"{noun}es of {size}" + f", {parts} a step" * (parts > 1)
-        print(f"{arguments.config}: {len(source)} pictures of {config.data.source}, {batched}")
+        print(f"{arguments.config or arguments.data}: {len(source)} pictures of {config.data.source}, {batched}")
         how = [_count(reading.workers, "process", "es")] * bool(reading.workers)
         how += [_count(reading.threads_each, "thread", "s")]
         print(f"read by {' x '.join(how)} on {_count(usable_cores(), 'core', 's')}\n")

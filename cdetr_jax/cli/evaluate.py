@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from cdetr_jax.cli.processes import join_processes
-from cdetr_jax.cli.settings import change_config, read_config, set_up_logging
+from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.files import check_writable_folder
 
 
@@ -21,18 +21,13 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     if arguments.report:
         check_writable_folder(Path(arguments.report))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler would wait for a step of training
-    config = read_config(arguments.config, fields) if arguments.config else None
+    from cdetr_jax.cli.data_flag import config_of, evaluation_of
     from cdetr_jax.training.evaluate import evaluate
     from cdetr_jax.weights.load import load_weights
 
+    config = config_of(arguments.config, arguments.data, fields) if arguments.config else None
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
-    if config is None:
-        if weights.config is None:
-            raise ValueError(
-                f"{arguments.weights} does not say on which pictures to evaluate it; name a recipe, such as "
-                "--config=conditional_detr_r50"
-            )
-        config = change_config(weights.config, fields)
+    config = config or evaluation_of(weights, arguments.data, fields)
     evaluated = evaluate(config, weights)
     if evaluated is None:
         return

@@ -66,6 +66,15 @@ def parser() -> argparse.ArgumentParser:
             **settings,
         )
 
+    def add_data(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--data",
+            type=name,
+            metavar="FOLDER",
+            help="pictures with annotations, as COCO, YOLO or Pascal VOC has them: which, is found out; or tfds:NAME. "
+            "Without a recipe all else is chosen to suit them, and shown",
+        )
+
     train = add(
         "train",
         "train a detector, or go on with a run that was stopped",
@@ -78,10 +87,16 @@ def parser() -> argparse.ArgumentParser:
         "Several processes start with the same config, code, data and number of devices,\n"
         "in a workdir that all see; differences are refused. A signal to one of them\n"
         "stops all at the same step. When one fails, the others end within 30 seconds.\n\n"
-        "example:\n  cdetr train --config=demo --workdir=runs/demo",
+        "examples:\n  cdetr train --data=mine\n  cdetr train --config=demo --workdir=runs/demo",
     )
-    train.add_argument("--config", required=True, type=name, metavar="RECIPE", help="a name, such as demo, or a file")
-    train.add_argument("--workdir", required=True, type=name, metavar="DIR", help="where checkpoints and metrics go")
+    train.add_argument("--config", type=name, metavar="RECIPE", help="a name, such as demo, or a file")
+    add_data(train)
+    train.add_argument(
+        "--workdir",
+        type=name,
+        metavar="DIR",
+        help="where checkpoints and metrics go (default: runs/ and the data's name)",
+    )
     add_processes(train)
 
     compare = add(
@@ -154,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--config", type=name, metavar="RECIPE", help="recipe with the pictures to evaluate on; default: the run's own"
     )
+    add_data(evaluate)
     evaluate.add_argument(
         "--report",
         type=name,
@@ -162,6 +178,23 @@ def parser() -> argparse.ArgumentParser:
         "what is taken for what and the worst pictures; the same as PNG, CSV and JSON",
     )
     add_processes(evaluate)
+
+    data = add(
+        "data",
+        "look at a data set before it is trained on",
+        "Finds out what FOLDER is, as --data of the other commands does, counts pictures,\n"
+        "objects and sizes, opens every picture, and names what is wrong by file and\n"
+        "line: pictures that are missing or damaged, boxes that are empty, outside or\n"
+        "given twice, pictures that several splits share, and what cannot be read.\n\n"
+        "exit status:\n"
+        "  0  nothing wrong was found\n"
+        "  1  something is wrong, or FOLDER is no data set\n\n"
+        "example:\n  cdetr data mine --output=look",
+    )
+    data.add_argument("folder", type=name, metavar="FOLDER", help="COCO, YOLO or Pascal VOC")
+    data.add_argument(
+        "--output", type=name, metavar="DIR", help="also write a sheet of pictures with their boxes, and all as JSON"
+    )
 
     predict = add(
         "predict",
@@ -383,9 +416,8 @@ def parser() -> argparse.ArgumentParser:
         "      --topology=v5e:4x4 --shapes=800x1344",
     )
     benchmark.add_argument("what", nargs="?", choices=("step", "input", "compile"), default="step", help="see below")
-    benchmark.add_argument(
-        "--config", required=True, type=name, metavar="RECIPE", help="recipe whose model, or data, is timed"
-    )
+    add_data(benchmark)
+    benchmark.add_argument("--config", type=name, metavar="RECIPE", help="recipe whose model, or data, is timed")
     benchmark.add_argument(
         "--batch",
         type=whole(1),

@@ -4,7 +4,7 @@ import argparse
 import shlex
 
 from cdetr_jax.cli.processes import join_processes
-from cdetr_jax.cli.settings import read_config, set_up_logging
+from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.files import as_path, check_writable_folder
 
 
@@ -12,9 +12,14 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     """Trains, and says where things are."""
     set_up_logging()
     join_processes(arguments)  # so that the others hear of what goes wrong from here on
+    from cdetr_jax.cli.data_flag import config_of, default_workdir
+
+    if arguments.workdir is None and arguments.data is None:
+        raise ValueError("name where checkpoints and metrics are to go, --workdir=DIR")
+    arguments.workdir = arguments.workdir or default_workdir(arguments.data)
     workdir = as_path(arguments.workdir)
     check_writable_folder(workdir)  # before anything is read
-    config = read_config(arguments.config, fields)
+    config = config_of(arguments.config, arguments.data, fields, arguments.workdir)
     import jax
 
     from cdetr_jax.training.loop import train_and_evaluate
@@ -23,7 +28,8 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     try:
         train_and_evaluate(config, workdir)
     except StoppedError as stopped:
-        command = ["cdetr", "train", f"--config={arguments.config}", f"--workdir={arguments.workdir}", *fields]
+        given = {"config": arguments.config, "data": arguments.data, "workdir": arguments.workdir}
+        command = ["cdetr", "train", *(f"--{name}={value}" for name, value in given.items() if value), *fields]
         raise StoppedError(f"{stopped}; to go on: {shlex.join(command)}") from None
     if jax.process_index() > 0:
         return

@@ -269,6 +269,11 @@ def find_prepared(name: str, data_dir: str | os.PathLike) -> Any:
     )
 
 
+def splits_of(name: str, data_dir: str | os.PathLike) -> list[str]:
+    """Names of a prepared set's splits. Raises: as `TfdsSource`."""
+    return list(import_tfds().builder_from_directory(str(find_prepared(name, data_dir))).info.splits)
+
+
 def _versions(parent: Any) -> dict[tuple[int, ...], Any]:
     """The folders of prepared versions."""
     return {
