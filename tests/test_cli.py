@@ -147,12 +147,14 @@ DEMO = "--config=configs/demo.py"
     [
         (
             [],
-            "name a command: train, compare, curve, evaluate, predict, attention, convert, prepare, export, configs,",
+            "name a command: train, compare, curve, evaluate, data, predict, attention, convert, prepare, export, configs,",
         ),
         (["trian"], "unknown command 'trian'; did you mean train?; see"),
         (["train", "--workdri=w"], "unknown argument '--workdri=w'; did you mean --workdir?; see `cdetr train --help`"),
         (["train", DEMO, "--workdir="], "argument --workdir: '' is empty, expected a name"),
         (["train", DEMO], "the following arguments are required: --workdir"),
+        (["train"], "the following arguments are required: --config and --workdir, or --data=FOLDER instead"),
+        (["benchmark", "input"], "the following arguments are required: --config, or --data=FOLDER instead"),
         (["train", DEMO, "--workdir=w", "--lr=3"], "unknown argument '--lr=3'; see `cdetr train --help`"),
         (["train", DEMO, "--workdir=w", "stray"], "unknown argument 'stray'"),
         (["train", DEMO, "--work=w"], "unknown argument '--work=w'; did you mean --workdir?"),  # no abbreviations

@@ -23,6 +23,7 @@ BAD_VALUES = (None, "", "abc", -1, -0.5, 0, math.nan, math.inf, 10**400, 1e300, 
 MAY_HOLD = {
     (0,): [
         "seed",
+        "data.split_seed",
         "optimizer.warmup_steps",
         "optimizer.drop_epoch",
         "model.frozen_stages",
@@ -226,6 +227,8 @@ def test_the_devices_of_a_batch(batch, micro_batches, devices, processes, expect
 # Of which options any text is right that is not empty: names, which the files will tell.
 NAMES = [
     "--config",
+    "--data",
+    "folder",
     "--workdir",
     "--weights",
     "source",

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from absl import logging
 
 from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
-from cdetr_jax.cli.settings import change_config, read_config, with_all_fields
+from cdetr_jax.cli.settings import change_config, quiet, read_config, with_all_fields
 from cdetr_jax.data.folders import HELD_OUT, find_layout
 from cdetr_jax.data.sources import Source
 from cdetr_jax.data.tfds_source import splits_of
@@ -44,16 +44,16 @@ class Choice(NamedTuple):
     reason: str
 
 
-def config_of(recipe: str | None, data: str | None, fields: list[str], workdir: str | os.PathLike = "") -> Any:
+def config_of(
+    recipe: str | None, data: str | None, fields: list[str], workdir: str | os.PathLike = ""
+) -> ml_collections.ConfigDict:
     """The config of a command that takes `--config`, `--data`, or both, and single fields, which count most.
 
     With a recipe, all but the place of the data is as the recipe has it. Without one a run that was begun goes on with
     its own config, and a new one gets `STARTS` and `choices`, which are logged.
-    Raises: ValueError, FileNotFoundError, if neither is named, or one cannot be read.
+    Raises: ValueError, FileNotFoundError, if one cannot be read.
     """
     if data is None:
-        if recipe is None:
-            raise ValueError("name your pictures, --data=FOLDER, or a recipe, --config=NAME (see `cdetr configs`)")
         return read_config(recipe, fields)
     set_by_hand = {name: value for name, _, value in (field[9:].partition("=") for field in fields)}
     place = place_of(data, workdir, set_by_hand.get("data.tfds_data_dir"))
@@ -67,11 +67,15 @@ def config_of(recipe: str | None, data: str | None, fields: list[str], workdir: 
     else:
         recipe, init = start(jax.default_backend() != "cpu" and init is None)
     config = change_config(changed(read_config(recipe, []), place | {"init": init}), fields)
-    source = build.make_source(config, "train")
-    chosen = [choice for choice in choices(config, source, jax.device_count()) if choice.field not in set_by_hand]
-    logging.info("the recipe is %s (cdetr configs %s), but for these fields:", recipe, recipe)
-    for field, value, reason in chosen:
-        logging.info("  --config.%s=%s  %s", field, str(value).replace(" ", ""), reason)
+    with quiet():  # it is read again
+        source = build.make_source(config, "train")
+    chosen = [
+        choice for choice in choices(config, source, jax.device_count(), set_by_hand) if choice.field not in set_by_hand
+    ]
+    logging.info("the recipe is %s, starting from %s; chosen for these data:", recipe, init or "random weights")
+    shown = [f"--config.{field}={value}".replace(" ", "") for field, value, _ in chosen]
+    for field, choice in zip(shown, chosen, strict=True):
+        logging.info("  %-*s  %s", max(map(len, shown)), field, choice.reason)
     return changed(config, {field: value for field, value, _ in chosen})
 
 
@@ -152,10 +156,13 @@ def start(has_accelerator: bool) -> tuple[str, str]:
     return recipe, init
 
 
-def choices(config: ml_collections.ConfigDict, source: Source, device_count: int) -> Iterator[Choice]:
-    """Values of fields that suit the training pictures, where they are others than the recipe's.
+def choices(
+    config: ml_collections.ConfigDict, source: Source, device_count: int, fixed: Container[str] = ()
+) -> Iterator[Choice]:
+    """Values of fields that suit the training pictures.
 
-    What is derived from a field, such as the drop from the epochs, follows the config that is given.
+    Args:
+      fixed: names of fields whose value in the config stays, and decides on others, as the epochs do on the drop.
     """
     data, n = config.data, len(source)
     counts = count_training_objects(source.records)
@@ -166,6 +173,7 @@ def choices(config: ml_collections.ConfigDict, source: Source, device_count: int
         seen, least, longest = 80_000, 50, 300
     epochs = int(np.clip(round(seen / n), least, longest))
     yield Choice("train.num_epochs", epochs, f"{n} pictures, about {seen} to be seen, {least} to {longest} epochs")
+    epochs = config.train.num_epochs if "train.num_epochs" in fixed else epochs
     yield Choice("optimizer.drop_epoch", round(0.8 * epochs), "after 80 % of them, as published")
     yield Choice("eval.every_epochs", max(epochs // 10, 1), "about ten times a run")
 

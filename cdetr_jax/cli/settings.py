@@ -1,6 +1,7 @@
 """What the commands share: reading the config, and how the log looks."""
 
 import ast
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -9,6 +10,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -178,6 +180,17 @@ def set_up_logging() -> None:
     handler.addFilter(is_shown)
     handler.setFormatter(_Plain())
     sys.unraisablehook = _show_unraisable
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves all but errors out of the log, as long as it lasts."""
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(before)
 
 
 def _show_unraisable(unraisable: Any) -> None:

@@ -14,8 +14,6 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
     join_processes(arguments)  # so that the others hear of what goes wrong from here on
     from cdetr_jax.cli.data_flag import config_of, default_workdir
 
-    if arguments.workdir is None and arguments.data is None:
-        raise ValueError("name where checkpoints and metrics are to go, --workdir=DIR")
     arguments.workdir = arguments.workdir or default_workdir(arguments.data)
     workdir = as_path(arguments.workdir)
     check_writable_folder(workdir)  # before anything is read

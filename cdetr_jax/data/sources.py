@@ -170,7 +170,7 @@ class PictureFolder:
         _report_equal_names(annotations, self.categories)
         if places is not None:
             where = [(i, k) for i, record in enumerate(self.records) for k in range(len(record.category_ids))]
-            _report_unusable(annotations, self.records, lambda n: f"{self.place_of(*where[n])}, a box")
+            _report_unusable(annotations, self.records, lambda n: self.place_of(*where[n]))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -268,7 +268,9 @@ def sizes_in_headers(
 
     def size(i: int) -> tuple[int, int]:
         with naming(i) as path, open_checked(path) as image:
-            on_its_side = turned and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # A PNG without a tag before its pixels would be decoded to look for one after them.
+            may_turn = turned and (image.format != "PNG" or "exif" in image.info)
+            on_its_side = may_turn and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (image.width, image.height) if on_its_side else (image.height, image.width)
 
     def make() -> Table:
@@ -380,8 +382,7 @@ class CocoFolder(PictureFolder):
             )
 
         def describe(k: int) -> str:
-            row = objects.rows[by_image[k]]
-            return f"annotation {row.get('id', 'without id')}, bbox {row['bbox']},"
+            return f"annotation {objects.rows[by_image[k]].get('id', 'without id')}"
 
         _report_unusable(images.path, records, describe)
         return records
@@ -444,15 +445,17 @@ def _report_unusable(path: str | Path, records: Sequence[Record], describe: Call
         return
     heights = np.repeat([record.height for record in records], counts)
     widths = np.repeat([record.width for record in records], counts)
-    inside = clip_to_picture(np.concatenate([record.boxes_xywh_px for record in records]), heights, widths)[1]
+    boxes = np.concatenate([record.boxes_xywh_px for record in records])
+    inside = clip_to_picture(boxes, heights, widths)[1]
     unusable = np.flatnonzero(~inside & ~np.concatenate([record.is_crowd for record in records]))
     if unusable.size:
         first = int(unusable[0])
         record = records[np.searchsorted(np.cumsum(counts), first, side="right")]
+        box = ", ".join(f"{side:g}" for side in boxes[first])
         logging.warning(
             "%s: %d of %d boxes have no area inside their picture and are left out of training; the first is %s of %s "
-            "(%d x %d pixels)",
-            *(path, unusable.size, sum(counts), describe(first), record.file_name, record.width, record.height),
+            "(%d x %d pixels): bbox [%s]",
+            *(path, unusable.size, sum(counts), describe(first), record.file_name, record.width, record.height, box),
         )
 
 

@@ -15,6 +15,7 @@ from clu import parameter_overview
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.checkpoints.io import Checkpoints, checksums
 from cdetr_jax.classes import ClassTable, classes_in_data
+from cdetr_jax.data.findings import leaks
 from cdetr_jax.data.pipeline import sizes_hw
 from cdetr_jax.data.sources import Source, missing_files
 from cdetr_jax.files import as_path, whole_file
@@ -100,7 +101,8 @@ def check_data(
     """Looks through both data sets before anything is trained: an evaluation may be hours away.
 
     Raises: ValueError, if the evaluation set has no picture, one of a size that cannot be, or no class of the training
-      set; FileNotFoundError, if pictures are missing, unless damaged ones are to be skipped, when it only warns.
+      set, or the two sets of a folder share pictures; FileNotFoundError, if pictures are missing. Of shared and missing
+      ones it only warns where damaged ones are to be skipped.
     """
     fields = ("folder", "folder") if config.data.source == "folder" else ("train_images", "eval_images")
     sets = zip(("training", "evaluation"), fields, (source, eval_source), strict=True)
@@ -115,6 +117,15 @@ def check_data(
             if config.data.on_error == "raise":
                 raise FileNotFoundError(message)
             logging.warning("%s", message)
+    if eval_source is not None and config.data.source == "folder":
+        shared = leaks({config.data.train_split: source, config.data.eval_split: eval_source})
+        if shared and config.data.on_error == "raise":
+            raise ValueError(
+                f"{shared}: the AP would be that of pictures that were trained on; take them out of one, or train all "
+                "the same with --config.data.on_error=skip"
+            )
+        if shared:
+            logging.warning("%s: the AP says little", shared)
     if eval_source is not None:
         try:
             sizes_hw(eval_source)
