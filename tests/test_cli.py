@@ -147,7 +147,7 @@ DEMO = "--config=configs/demo.py"
     [
         (
             [],
-            "name a command: train, compare, curve, evaluate, data, predict, attention, convert, prepare, export, configs,",
+            "name a command: train, compare, curve, evaluate, data, predict, attention, convert, prepare, export,",
         ),
         (["trian"], "unknown command 'trian'; did you mean train?; see"),
         (["train", "--workdri=w"], "unknown argument '--workdri=w'; did you mean --workdir?; see `cdetr train --help`"),

@@ -13,7 +13,7 @@ from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.cli import data_flag
 from cdetr_jax.cli.data_flag import choices, config_of, evaluation_of
 from cdetr_jax.cli.main import run
-from cdetr_jax.cli.settings import read_config, with_all_fields
+from cdetr_jax.cli.settings import read_config
 from cdetr_jax.config_check import check_config
 from cdetr_jax.data.folders import read_split
 from cdetr_jax.records import Record
@@ -142,7 +142,7 @@ def test_weights_are_evaluated_on_a_folder(folder):
         evaluation_of(weights, None, [])
     old = read_config("demo", ["--config.data.eval_split=mine", "--config.eval.top_k=7"]).to_dict()
     del old["data"]["folder"], old["data"]["split_file"]  # a run from before these fields
-    run_config = with_all_fields(run_files.ml_collections.ConfigDict(old))
+    run_config = run_files.with_all_fields(run_files.ml_collections.ConfigDict(old))
     check_config(run_config)
     assert (run_config.data.folder, run_config.data.eval_split, run_config.eval.top_k) == ("", "mine", 7)
 

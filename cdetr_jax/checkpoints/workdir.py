@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
+from cdetr_jax.configs.common import get_config
 from cdetr_jax.files import as_path, is_remote, whole_file, writing
 from cdetr_jax.structs import Category
 
@@ -28,6 +29,18 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     Raises: FileNotFoundError, if the folder is not a run's.
     """
     return ml_collections.ConfigDict(_read(workdir, CONFIG)).lock()
+
+
+def with_all_fields(saved: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A run's config, with the published values of the fields that came after it was written."""
+
+    def add(before: dict[str, Any], all_fields: dict[str, Any]) -> dict[str, Any]:
+        both = {
+            name: add(before[name], value) for name, value in all_fields.items() if isinstance(before.get(name), dict)
+        }
+        return all_fields | before | both
+
+    return ml_collections.ConfigDict(add(saved.to_dict(), get_config().to_dict())).lock()
 
 
 def save_classes(workdir: str | os.PathLike, classes: tuple[Category | None, ...]) -> None:

@@ -13,7 +13,7 @@ from absl import logging
 
 from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
-from cdetr_jax.cli.settings import change_config, quiet, read_config, with_all_fields
+from cdetr_jax.cli.settings import change_config, quiet, read_config
 from cdetr_jax.data.folders import HELD_OUT, find_layout
 from cdetr_jax.data.sources import Source
 from cdetr_jax.data.tfds_source import splits_of
@@ -61,7 +61,7 @@ def config_of(
         return change_config(changed(read_config(recipe, []), place), fields)
     if workdir and (as_path(workdir) / run_files.CONFIG).is_file():
         logging.info("the config is that of the run in %s", workdir)
-        return change_config(changed(with_all_fields(run_files.load_config(workdir)), place), fields)
+        return change_config(changed(run_files.with_all_fields(run_files.load_config(workdir)), place), fields)
     if init := set_by_hand.get("init"):
         recipe = STARTS[0][0]
     else:
@@ -92,7 +92,7 @@ def evaluation_of(weights: Weights, data: str | None, fields: list[str]) -> ml_c
             "such as --config=conditional_detr_r50"
         )
     if weights.config is not None:
-        config = with_all_fields(weights.config)
+        config = run_files.with_all_fields(weights.config)
     else:
         sides = weights.preprocessing
         config = changed(

@@ -513,10 +513,10 @@ def run(argv: list[str] | None = None) -> None:
     unknown = [word for word in rest if word not in fields]
     if unknown or (fields and arguments.command not in TAKES_CONFIG_FIELDS):
         main.error(f"unknown argument {(unknown or fields)[0]!r}; see `cdetr {arguments.command} --help`")
-    if arguments.command in ("train", "benchmark") and arguments.data is None:
-        if missing := [name for name in ("config", "workdir") if getattr(arguments, name, "") is None]:
-            required = " and ".join(f"--{name}" for name in missing)
-            main.error(f"the following arguments are required: {required}, or --data=FOLDER instead")
+    missing = [name for name in ("config", "workdir") if getattr(arguments, name, "") is None]
+    if missing and arguments.command in ("train", "benchmark") and arguments.data is None:
+        required = " and ".join(f"--{name}" for name in missing)
+        main.error(f"the following arguments are required: {required}, or --data=FOLDER instead")
     keep_compiled_programs()
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:

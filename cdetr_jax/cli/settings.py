@@ -55,18 +55,6 @@ def read_recipe(path: str, fields: list[str]) -> tuple[ml_collections.ConfigDict
     return change_config(config, fields), recipe
 
 
-def with_all_fields(saved: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """A run's config, with the published values of the fields that came after it was written."""
-
-    def add(before: dict[str, Any], all_fields: dict[str, Any]) -> dict[str, Any]:
-        both = {
-            name: add(before[name], value) for name, value in all_fields.items() if isinstance(before.get(name), dict)
-        }
-        return all_fields | before | both
-
-    return ml_collections.ConfigDict(add(saved.to_dict(), read_config("conditional_detr_r50", []).to_dict())).lock()
-
-
 def recipe_names() -> list[str]:
     """What can be given to `read_config` instead of a path."""
     return sorted(file.stem for file in RECIPES.glob("*.py") if file.stem not in ("__init__", "common"))

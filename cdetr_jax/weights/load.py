@@ -18,7 +18,6 @@ from cdetr_jax.checkpoints import mismatch
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.classes import ClassTable
-from cdetr_jax.configs.common import get_config
 from cdetr_jax.data.plan import evaluation_shapes
 from cdetr_jax.models.detector import DetectionTransformer, model_of, published_fields
 from cdetr_jax.weights import architecture, torch_files
@@ -153,14 +152,6 @@ def _load_published(source: str, file: torch_files.WeightsFile, layout: Layout, 
     return Weights(source, fields, classes, variables, Preprocessing(short, long, shapes), ours.get("top_k", 100))
 
 
-def _add_missing(config: ml_collections.ConfigDict, published: ml_collections.ConfigDict) -> None:
-    for name, value in published.items():
-        if name not in config:
-            config[name] = value
-        elif isinstance(value, ml_collections.ConfigDict):
-            _add_missing(config[name], value)
-
-
 def _load_run(source: str, workdir: str, step: int | None, checkpoint: str) -> Weights:
     config = run_files.load_config(workdir)
     is_whole = "train" in config  # else it was converted from elsewhere
@@ -168,8 +159,7 @@ def _load_run(source: str, workdir: str, step: int | None, checkpoint: str) -> W
     # A run from before a field was there is one with its published value.
     fields = published_fields() | config.model.to_dict() | {"num_classes": len(classes)}
     if is_whole:
-        with config.unlocked():
-            _add_missing(config, get_config())
+        config = run_files.with_all_fields(config)
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         steps = checkpoints.steps()

@@ -3,6 +3,7 @@
 import json
 import re
 
+import exports
 import numpy as np
 import pytest
 import yaml
@@ -10,7 +11,6 @@ from PIL import Image
 
 from cdetr_jax.data.findings import leaks, look_through
 from cdetr_jax.data.folders import divide, find_layout, read_split
-import exports
 
 SPLITS = {"train": "train", "validation": "valid"}
 
