@@ -1,4 +1,4 @@
-"""The paper's ablations on drawn shapes, and what our recipes change in initialisation and position embedding.
+"""The paper's ablations on drawn shapes, and those of our initialisation and temperature.
 
 cdetr compare --config=ablations_demo --workdir=runs/ablations --seeds=0,1,2 --jobs=2
 """
