@@ -244,13 +244,15 @@ def write_report(
 
     Args:
       summary: of `summarize`.
-      groups: title to variants; each group gets a table and a panel. Those that are not in the summary are left out.
+      groups: title to variants; each group gets a table and a panel. Those that are not in the summary are left out,
+        and so are groups of which only one is.
       about: what else to say of the comparison, "command" and versions for example.
     """
     workdir = as_path(workdir)
     entries = {entry["name"]: entry for entry in summary["variants"]}
     groups = {title: [entries[name] for name in names if name in entries] for title, names in groups.items()}
     groups = {title: chosen for title, chosen in groups.items() if chosen}
+    groups = {title: chosen for title, chosen in groups.items() if len(chosen) > 1} or groups  # the baseline alone
     run_files.write_json(workdir / "compare.json", {**about, **summary})
     _write_csv(workdir / "compare.csv", summary)
     panels = {title: {entry["name"]: _curves(entry) for entry in chosen} for title, chosen in groups.items()}
