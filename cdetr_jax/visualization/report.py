@@ -220,7 +220,9 @@ def write_report(
         f"everything below that is said at a threshold counts a detection as right from an IoU of {IOU} on."
     )
     page.table(
-        ["", "value", "meaning"], [[n, format_number(v).strip(), SUMMARY[n]] for n, v in metrics.summary.items()]
+        ["", "value", "meaning"],
+        [[n, format_number(v).strip(), SUMMARY[n]] for n, v in metrics.summary.items()],
+        of="words",
     )
     page.heading("Classes")
     page.text(
@@ -312,7 +314,7 @@ def _class_rows(
             {"class": name, "objects": metrics.boxes_per_class[name], **metrics.class_summary(name)}
             | {"found": found, "missed": missed, "false alarms": alarms}
             | _rates(found, missed, alarms)
-            | {"own best score": thresholds(matches, category.id).best}
+            | {"best score": thresholds(matches, category.id).best}
         )
     return rows
 
