@@ -62,9 +62,7 @@ def _bad_pictures(source: PictureFolder) -> Iterator[Finding]:
 
     for message in in_parallel(damage, range(len(source)), "pictures"):
         if message:
-            path, _, reason = message.partition(": ")
-            kind = "a missing picture" if "no such file" in reason else f"a damaged picture: {reason}"
-            yield Finding(kind, path)
+            yield Finding("a missing picture" if "no such file" in message else "a damaged picture", message)
 
 
 def _bad_boxes(source: PictureFolder) -> Iterator[Finding]:

@@ -277,7 +277,7 @@ def sizes_in_headers(
         return {"sizes_hw": np.array(in_parallel(size, range(len(names)), "picture sizes"), np.int32)}
 
     files = [folder.absolute(), turned, *in_parallel(state, range(len(names)), "picture files")]
-    what = f"the sizes of {len(names)} pictures that {cache} is to hold"
+    what = f"the sizes of {len(names)} pictures"
     return cached_table(cache, fingerprint_of(files), what, make)["sizes_hw"].tolist()
 
 

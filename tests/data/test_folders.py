@@ -208,9 +208,9 @@ def test_what_is_wrong_is_found_with_its_place(yolo):
     (train / "images" / "b.png").write_bytes((train / "images" / "b.png").read_bytes()[:-700])
     (valid / "images" / "d.png").write_bytes((train / "images" / "a.png").read_bytes())
     splits = {split: read_split(yolo, split) for split in SPLITS}
-    found = [(what.partition(":")[0], re.sub(rf"{yolo}/| \(.*", "", place)) for what, place in look_through(splits)]
+    found = [(what, re.sub(rf"{yolo}/| \(.*", "", place)) for what, place in look_through(splits)]
     assert found == [
-        ("a damaged picture", "train/images/b.png"),
+        ("a damaged picture", "train/images/b.png: cannot read this picture"),
         ("an empty box", "train/labels/a.txt:2"),
         ("a box outside of its picture", "train/labels/a.txt:3"),
         ("a box that is there twice", "train/labels/a.txt:4, as train/labels/a.txt:1"),
