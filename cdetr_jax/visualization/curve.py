@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cdetr_jax.files import as_path, whole_file
 
 _LOSS, _AP = "Training loss", "COCO average precision"
+_MOST_INSIDE = 5  # lines whose legend is put into a panel; a longer one would cover them
 _LABELS = {_LOSS: "loss (no unit)"}  # of the y axis; the others' panels show AP
 
 
@@ -116,7 +117,8 @@ def draw_panels(
         axes.set_ylim(bottom=0)
         axes.set_ylabel(_LABELS.get(title, "AP (fraction, 0 to 1)"))
         if title != _LOSS or len(lines) > 1:
-            axes.legend(loc="best")
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+            axes.legend(**beside if len(lines) > _MOST_INSIDE else {"loc": "best"})
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     for axes in all_axes[max(0, len(panels) - columns) : len(panels)]:
