@@ -1,4 +1,4 @@
-"""DETR and Conditional DETR on drawn shapes under one budget, DETR's parts changed one by one: figure 2 and table 4.
+"""DETR and Conditional DETR on drawn shapes under one budget, with DETR's parts one by one: table 4.
 
 cdetr compare --config=compare_demo --workdir=runs/compare --jobs=2
 """

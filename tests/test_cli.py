@@ -772,8 +772,8 @@ def test_convert_does_not_write_over_a_run(trained, converted, capsys):
 def test_evaluate_needs_to_know_on_what(converted, capsys):
     error = fails(capsys, ["evaluate", f"--weights={converted}"])
     assert error == (
-        f"cdetr evaluate: error: {converted} does not say on which pictures to evaluate it; name a recipe, such as "
-        "--config=configs/conditional_detr_r50.py\n"
+        f"cdetr evaluate: error: {converted} does not say on which pictures to evaluate it; name them, "
+        "--data=FOLDER, or a recipe, such as --config=conditional_detr_r50\n"
     )
 
 

@@ -115,7 +115,7 @@ def _measure(arguments: argparse.Namespace, fields: list[str], output: Any) -> N
         if given is None and weights.config is None:
             raise ValueError(
                 f"{weights.source} does not say on which pictures to measure it; name a recipe, such as "
-                "--config=configs/conditional_detr_r50.py"
+                "--config=conditional_detr_r50"
             )
         config = change_config(weights.config, fields) if given is None else given
         measure = measure_attention(config, weights, arguments.threshold)
