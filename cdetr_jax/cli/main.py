@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import threading
-import traceback
 from collections.abc import Iterable
 
 from cdetr_jax.cli.arguments import (
@@ -552,6 +551,5 @@ def _leave(status: int, cause: str, error: BaseException) -> None:
     """Ends a process that is one of several, without waiting for the others; it has imported this to join them."""
     processes = sys.modules.get("cdetr_jax.training.processes")
     if processes and processes.are_several():
-        if not isinstance(error, (*USERS_ERRORS, KeyboardInterrupt)):
-            traceback.print_exception(error)
-        processes.leave(status, cause, error)
+        is_unexpected = not isinstance(error, (*USERS_ERRORS, KeyboardInterrupt))
+        processes.leave(status, cause, error, with_traceback=is_unexpected)

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -159,7 +160,7 @@ def before_leaving(act: Callable[[], None]) -> None:
     _last_acts.append(act)
 
 
-def leave(status: int, cause: str, error: BaseException | None = None) -> None:
+def leave(status: int, cause: str, error: BaseException | None = None, *, with_traceback: bool = False) -> None:
     """Ends this process now, if it is one of several, and lets the others know; else it does nothing.
 
     Args:
@@ -167,6 +168,7 @@ def leave(status: int, cause: str, error: BaseException | None = None) -> None:
       cause: in a line.
       error: where that came from. What XLA reports is often that another process is gone: then there is time for that
         one's own words, or for JAX to find out which one it was, and to end this process.
+      with_traceback: the error's is printed, if it is this process's own.
     """
     if not are_several():
         return
@@ -177,6 +179,8 @@ def leave(status: int, cause: str, error: BaseException | None = None) -> None:
     if _comes_from_others(error):
         _flush()
         time.sleep(HEARTBEAT_S + 5)
+    if with_traceback:
+        traceback.print_exception(error)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was the first
         _set(_FAILED, f"{_name()} has failed: {cause}")
     _flush()
