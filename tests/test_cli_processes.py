@@ -90,10 +90,10 @@ def test_what_ends_a_command_is_told_to_the_other_processes(error, status, cause
 
     monkeypatch.setattr("cdetr_jax.cli.train.run", fail)
     monkeypatch.setattr(processes, "are_several", lambda: True)
-    monkeypatch.setattr(processes, "leave", lambda *given: left.append(given))
+    monkeypatch.setattr(processes, "leave", lambda *given, **how: left.append((*given, how)))
     with pytest.raises((SystemExit, KeyError)):
         run(COMMANDS["train"])
-    assert left == [(status, cause, error)]
+    assert left == [(status, cause, error, {"with_traceback": isinstance(error, KeyError)})]
 
 
 @pytest.mark.parametrize("value", ["node1", "node1:", ":8476", "node1:0", "node1:65536", "http://node1:8476"])
