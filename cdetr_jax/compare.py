@@ -1,6 +1,5 @@
 """Variants of one recipe, trained under the same budget and seeds: their runs, and what those came to."""
 
-import csv
 import dataclasses
 import json
 import math
@@ -18,7 +17,7 @@ import ml_collections
 from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.config_check import check_config, flat_fields
-from cdetr_jax.files import as_path, whole_file
+from cdetr_jax.files import as_csv, as_path, write_json, write_text
 from cdetr_jax.training.start import check_same_run
 from cdetr_jax.visualization.curve import Series, draw_panels, read_metrics
 from cdetr_jax.visualization.page import Page
@@ -222,7 +221,7 @@ def _size(run: Run) -> tuple[int | None, float | None]:
         cost = jax.jit(model.apply).lower(variables, images, sizes).cost_analysis()
         parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
         known = {"picture_hw": list(shape_hw), "parameters": parameters, "multiply_adds": cost["flops"] / 2}
-        run_files.write_json(path, known)
+        write_json(path, known)
     return known["parameters"], known["multiply_adds"]
 
 
@@ -253,7 +252,7 @@ def write_report(
     groups = {title: [entries[name] for name in names if name in entries] for title, names in groups.items()}
     groups = {title: chosen for title, chosen in groups.items() if chosen}
     groups = {title: chosen for title, chosen in groups.items() if len(chosen) > 1} or groups  # the baseline alone
-    run_files.write_json(workdir / "compare.json", {**about, **summary})
+    write_json(workdir / "compare.json", {**about, **summary})
     _write_csv(workdir / "compare.csv", summary)
     panels = {title: {entry["name"]: _curves(entry) for entry in chosen} for title, chosen in groups.items()}
     has_curve = draw_panels(panels, workdir / "compare.png", columns=min(2, len(panels)))
@@ -266,8 +265,7 @@ def write_report(
     markdown = "\n\n".join(
         [f"### {title}\n\n{_markdown(header, rows)}" for title, rows in tables.items()] + [" ".join(notes)]
     )
-    with whole_file(workdir / "compare.md") as temporary:
-        temporary.write_text(markdown + "\n", encoding="utf-8")
+    write_text(workdir / "compare.md", markdown + "\n")
 
     page = Page(f"Comparison: {', '.join(entries)}" if len(entries) < 4 else "Comparison")
     page.heading("What was compared")
@@ -378,11 +376,10 @@ def _write_csv(path: Path, summary: Mapping[str, Any]) -> None:
     spread = (*NUMBERS, "difference")
     header = ["variant", *(f"{name}_{what}" for name in spread for what in ("mean", "std"))]
     header += ["parameters", "multiply_adds", "train_seconds", "epochs_to_target", "times_faster", "complete", "seeds"]
-    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for entry in summary["variants"]:
-            row = [entry["name"], *(entry[name][what] for name in spread for what in ("mean", "std"))]
-            row += [entry["parameters"], entry["multiply_adds"], entry["train_seconds"]["mean"]]
-            row += [entry["epochs_to_target"], entry["times_faster"]]
-            writer.writerow([*row, len(entry["AP"]["values"]), len(entry["seeds"])])
+    rows = []
+    for entry in summary["variants"]:
+        row = [entry["name"], *(entry[name][what] for name in spread for what in ("mean", "std"))]
+        row += [entry["parameters"], entry["multiply_adds"], entry["train_seconds"]["mean"]]
+        row += [entry["epochs_to_target"], entry["times_faster"]]
+        rows.append([*row, len(entry["AP"]["values"]), len(entry["seeds"])])
+    write_text(path, as_csv([header, *rows]))

@@ -1,14 +1,16 @@
 """Paths, local or remote, and writing a file so that it is there whole or not at all."""
 
 import contextlib
+import csv
 import errno
 import importlib.util
+import io
 import json
 import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +85,24 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     path = as_path(path)
     with writing(path), _name_beside(path) if isinstance(path, Path) else _name_to_upload(path) as temporary:
         yield temporary
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes all of it or nothing, see `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes all of it or nothing, see `whole_file`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def as_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 @contextlib.contextmanager

@@ -15,8 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from cdetr_jax.checkpoints import mismatch
-from cdetr_jax.checkpoints.workdir import write_json
-from cdetr_jax.files import FULL, as_path, is_remote
+from cdetr_jax.files import FULL, as_path, is_remote, write_json
 from cdetr_jax.training.processes import agree
 
 Content = TypeVar("Content")

@@ -12,7 +12,7 @@ import ml_collections
 from absl import logging
 
 from cdetr_jax.configs.common import get_config
-from cdetr_jax.files import as_path, is_remote, whole_file, writing
+from cdetr_jax.files import as_path, is_remote, write_json, writing
 from cdetr_jax.structs import Category
 
 CONFIG, CLASSES, LOCK = "config.json", "classes.json", ".lock"
@@ -104,9 +104,3 @@ def _read(workdir: str | os.PathLike, name: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; restore it, or use another workdir") from error
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes all of it or nothing, also if the process is killed."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

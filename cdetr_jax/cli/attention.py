@@ -1,10 +1,7 @@
 """`cdetr attention`."""
 
 import argparse
-import csv
 import dataclasses
-import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import numpy as np
 from cdetr_jax.cli.predict import Names, find_pictures, picture_inputs, save_drawing
 from cdetr_jax.cli.settings import change_config, read_config, set_up_logging
 from cdetr_jax.data.sources import BadPictureError
-from cdetr_jax.files import as_path, whole_file
+from cdetr_jax.files import as_csv, as_path, whole_file, write_json, write_text
 
 MEASURE = "attention"  # .json and .csv
 
@@ -121,12 +118,7 @@ def _measure(arguments: argparse.Namespace, fields: list[str], output: Any) -> N
         measure = measure_attention(config, weights, arguments.threshold)
         print(f"{weights.source}: {measure.format_table()}\n")
         measures.append({"weights": weights.source} | dataclasses.asdict(measure))
-    table = io.StringIO()
     rows = [{"weights": measure["weights"]} | row for measure in measures for row in measure["rows"]]
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    for name, text in ((f"{MEASURE}.json", json.dumps(measures, indent=1)), (f"{MEASURE}.csv", table.getvalue())):
-        with whole_file(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_json(output / f"{MEASURE}.json", measures)
+    write_text(output / f"{MEASURE}.csv", as_csv([rows[0], *(row.values() for row in rows)]))
     print(f"spatial, content and combined attention: {output / MEASURE}.json and .csv")

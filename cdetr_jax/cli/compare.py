@@ -22,11 +22,10 @@ import jax
 import ml_collections
 from absl import logging
 
-from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.cli.settings import read_recipe, set_up_logging
 from cdetr_jax.compare import MACHINE, Run, make_runs, summarize, write_report
 from cdetr_jax.data.reader import usable_cores
-from cdetr_jax.files import as_path, check_writable_folder, is_remote
+from cdetr_jax.files import as_path, check_writable_folder, is_remote, write_json
 from cdetr_jax.training.loop import train_and_evaluate
 from cdetr_jax.training.processes import code_version
 from cdetr_jax.training.stopping import StoppedError, watch_signals
@@ -195,7 +194,7 @@ def _train(config: dict[str, Any], workdir: Path, cores: set[int] | None) -> Non
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     set_up_logging()
-    run_files.write_json(workdir / MACHINE, _machine())
+    write_json(workdir / MACHINE, _machine())
     try:
         train_and_evaluate(ml_collections.ConfigDict(config).lock(), workdir)
     except StoppedError as stopped:

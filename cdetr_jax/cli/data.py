@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from cdetr_jax import build
-from cdetr_jax.checkpoints.workdir import write_json
 from cdetr_jax.cli.data_flag import STARTS, changed, choices
 from cdetr_jax.cli.settings import read_config, set_up_logging
 from cdetr_jax.data.findings import Finding, look_through
 from cdetr_jax.data.folders import Layout, divide, find_layout
 from cdetr_jax.data.plan import real_pixels, real_pixels_otherwise, train_plan
 from cdetr_jax.data.sources import BadPictureError, PictureFolder, open_image
-from cdetr_jax.files import check_writable_folder
+from cdetr_jax.files import check_writable_folder, write_json
 from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
 
 SHEET, SHEET_COLUMNS = 16, 4

@@ -2,11 +2,9 @@
 
 import argparse
 import contextlib
-import csv
 import difflib
 import functools
 import glob
-import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from cdetr_jax.cli.predict_video import VIDEOS, as_json_line, check_for_videos, find_in_video
 from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.data.sources import PICTURE_ERRORS, BadPictureError, is_address, open_picture
-from cdetr_jax.files import as_path, growing_list, growing_text, whole_file
+from cdetr_jax.files import as_csv, as_path, growing_list, growing_text, whole_file, write_text
 
 SHEET_PICTURES = 16
 # Where what was found goes, by its form.
@@ -184,8 +182,7 @@ def _results_files(
             add_rows("file_name,class_id,class_name,score,left,top,right,bottom\n")
             adders.append(lambda each, objects: add_rows(_csv(objects, each)))
         if "yolo" in forms:
-            with whole_file(output / RESULTS["yolo"] / "classes.txt") as temporary:
-                temporary.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+            write_text(output / RESULTS["yolo"] / "classes.txt", "".join(f"{name}\n" for name in class_names))
             labels = Names(output / RESULTS["yolo"], [], ".txt")
             adders.append(lambda each, objects: _write_yolo(labels.path(each.drawing), objects, class_names))
 
@@ -215,11 +212,8 @@ def _coco(objects: Any, each: PictureInput) -> list[dict[str, Any]]:
 
 
 def _csv(objects: Any, each: PictureInput) -> str:
-    text = io.StringIO()
     columns = (objects.class_ids.tolist(), objects.names, objects.scores.tolist(), objects.boxes_xyxy_px.tolist())
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([each.file_name, *row, *box] for *row, box in zip(*columns, strict=True))
-    return text.getvalue()
+    return as_csv([each.file_name, *row, *box] for *row, box in zip(*columns, strict=True))
 
 
 def _write_yolo(path: Any, objects: Any, class_names: list[str]) -> None:
@@ -231,8 +225,7 @@ def _write_yolo(path: Any, objects: Any, class_names: list[str]) -> None:
         " ".join([str(class_names.index(name)), *(f"{value:.6f}" for value in (*box, score))]) + "\n"
         for name, score, box in zip(objects.names, objects.scores, boxes_cxcywh, strict=True)
     ]
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def save_drawing(drawing: Image.Image, path: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from cdetr_jax.data.sources import SPLITS, CocoFolder, PictureFolder, split_name
 from cdetr_jax.data.voc import read_voc
 from cdetr_jax.data.yolo import open_yolo
-from cdetr_jax.files import whole_file
+from cdetr_jax.files import write_json
 
 Reader = Callable[[], PictureFolder]
 
@@ -125,8 +125,7 @@ def divide(source: PictureFolder, seed: int, split_file: str = "") -> dict[str, 
                 held_out += originals[name]
         parts = {"seed": seed, "train": sorted(set(names) - set(held_out)), "validation": sorted(held_out)}
         if split_file:
-            with whole_file(split_file) as temporary:
-                temporary.write_text(json.dumps(parts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(split_file, parts)
     held_out = set(parts["validation"])
     chosen = {"train": [], "validation": []}
     for i, name in enumerate(names):

@@ -15,7 +15,7 @@ from typing import Literal
 from absl import logging
 from tqdm import tqdm
 
-from cdetr_jax.files import as_path, is_remote, whole_file, writing
+from cdetr_jax.files import as_path, is_remote, write_text, writing
 from cdetr_jax.training.tensorboard import TensorBoardFile
 from cdetr_jax.visualization.curve import read_metrics
 
@@ -60,8 +60,7 @@ class MetricsFile:
             self._replace([row for row in read_metrics(self.path) if row["step"] <= last[row["kind"]]])
 
     def _replace(self, rows: list[dict]) -> None:
-        with whole_file(self.path) as temporary:
-            temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
+        write_text(self.path, "".join(map(_line, rows)))
 
 
 class MetricsWriter:

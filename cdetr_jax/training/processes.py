@@ -27,7 +27,7 @@ import jax
 from absl import logging
 from jax._src import distributed  # no public name; and jax.process_index() would wait until all use their devices
 
-from cdetr_jax.files import as_path, whole_file
+from cdetr_jax.files import as_path, write_text
 
 STOPPED = 75  # the exit status; EX_TEMPFAIL of sysexits.h: the same command, called again, goes on
 
@@ -96,8 +96,7 @@ def check_shared(folder: str | os.PathLike) -> None:
     path, key = as_path(folder) / ".shared", f"cdetr/shared/{next(_rounds)}"
     if distributed.global_state.process_id == 0:
         token = uuid.uuid4().hex
-        with whole_file(path) as temporary:
-            temporary.write_text(token)
+        write_text(path, token)
         _set(key, token)
     token = distributed.global_state.client.blocking_key_value_get(key, _WAIT_MS)
     deadline = time.monotonic() + _SHARED_S

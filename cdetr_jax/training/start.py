@@ -18,7 +18,7 @@ from cdetr_jax.classes import ClassTable, classes_in_data
 from cdetr_jax.data.findings import leaks
 from cdetr_jax.data.pipeline import sizes_hw
 from cdetr_jax.data.sources import Source, missing_files
-from cdetr_jax.files import as_path, whole_file
+from cdetr_jax.files import as_path, write_text
 from cdetr_jax.records import Category
 from cdetr_jax.training.optimizer import FROZEN, parameter_groups
 from cdetr_jax.training.processes import agree, code_version
@@ -211,9 +211,7 @@ def _plain(value: Any) -> Any:
 def describe_parameters(workdir: str | os.PathLike, params: Any, frozen_modules: tuple[str, ...]) -> str:
     """Writes the table of all parameters to `workdir/parameters.txt`. Returns: how many there are, in a line."""
     path = as_path(workdir) / "parameters.txt"
-    with whole_file(path) as temporary:
-        table = parameter_overview.get_parameter_overview(params, include_stats=False)
-        temporary.write_text(table + "\n", encoding="utf-8")
+    write_text(path, parameter_overview.get_parameter_overview(params, include_stats=False) + "\n")
     groups = jax.tree.leaves(parameter_groups(params, frozen_modules))
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     frozen = sum(size for size, group in zip(sizes, groups, strict=True) if group == FROZEN)

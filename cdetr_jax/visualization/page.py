@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cdetr_jax.files import whole_file
+from cdetr_jax.files import write_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
@@ -67,12 +67,10 @@ class Page:
 
     def save(self, path: Path) -> None:
         """Writes the file whole, or not at all."""
-        with whole_file(path) as temporary:
-            Path(temporary).write_text(
-                f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-                f"<title>{html.escape(self._title)}</title>"
-                f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n<body>\n'
-                + "\n".join(self._parts)
-                + "\n</body></html>\n",
-                encoding="utf-8",
-            )
+        write_text(
+            path,
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(self._title)}</title>'
+            f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n<body>\n'
+            + "\n".join(self._parts)
+            + "\n</body></html>\n",
+        )

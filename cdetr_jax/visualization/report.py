@@ -1,8 +1,6 @@
 """What an evaluation says beyond AP: where a detector errs, as pictures, tables and one page."""
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from PIL import Image
 
 from cdetr_jax.data.sources import Source
 from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics, Results, format_number
-from cdetr_jax.files import whole_file
+from cdetr_jax.files import as_csv, whole_file, write_json, write_text
 from cdetr_jax.records import Category, Record
 from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
 from cdetr_jax.visualization.page import Page
@@ -189,7 +187,7 @@ def write_report(
     totals = _totals(counts)
     header = list(rows[0])
 
-    _write_text(folder / "results.json", json.dumps(results))
+    write_text(folder / "results.json", json.dumps(results) + "\n")
     said = {
         "pictures": len(source),
         "summary": metrics.summary,
@@ -198,14 +196,11 @@ def write_report(
         "classes": rows,
         "confusion": {"classes": [*metrics.per_class, "nothing"], "counts": counts.tolist()},
     }
-    _write_text(folder / "report.json", json.dumps(said, indent=1, ensure_ascii=False))
-    _write_csv(folder / "classes.csv", header, [list(row.values()) for row in rows])
+    write_json(folder / "report.json", said)
+    write_text(folder / "classes.csv", as_csv([header, *(row.values() for row in rows)]))
     names = [*metrics.per_class, "nothing"]
-    _write_csv(
-        folder / "confusion.csv",
-        ["is / taken for", *names],
-        [[n, *row] for n, row in zip(names, counts.tolist(), strict=True)],
-    )
+    named = [[name, *row] for name, row in zip(names, counts.tolist(), strict=True)]
+    write_text(folder / "confusion.csv", as_csv([["is / taken for", *names], *named]))
     _save(folder / "precision_recall.png", _precision_recall(metrics))
     _save(folder / "threshold.png", _threshold_curves(curve))
     _save(folder / "confusion.png", _confusion_matrix(counts, names))
@@ -338,17 +333,6 @@ def _rates(found: int, missed: int, alarms: int) -> dict[str, float]:
 
 def _shown(value: Any) -> str:
     return format_number(value).strip() if isinstance(value, float) else str(value)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    _write_text(path, text.getvalue().rstrip("\n"))
 
 
 def _figure(width: float, height: float) -> "Figure":

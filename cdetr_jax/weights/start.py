@@ -10,8 +10,8 @@ from absl import logging
 from flax import traverse_util
 
 from cdetr_jax.checkpoints import mismatch
-from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.classes import ClassTable
+from cdetr_jax.files import write_json
 from cdetr_jax.weights.load import FREE_FIELDS, Backbone, Weights, naming
 from cdetr_jax.weights.torch_convert import BACKBONE, from_torch, is_ignored
 
@@ -61,7 +61,7 @@ def start_from(
     for what, names in report.items():
         logging.info("config.init=%s, %s: %s", initial.source, what.replace("_", " "), _by_module(names))
     if report_path is not None:
-        run_files.write_json(report_path, {"source": initial.source, **report})
+        write_json(report_path, {"source": initial.source, **report})
     return traverse_util.unflatten_dict({name: old.get(name, leaf) for name, leaf in new.items()}, sep="/")
 
 
