@@ -40,7 +40,8 @@ data/reader
 data/pipeline
 evaluation/postprocess evaluation/attention_maps
 evaluation/coco_eval
-visualization/draw visualization/curve visualization/page
+visualization/draw visualization/figure visualization/page
+visualization/curve
 visualization/report visualization/attention
 training/optimizer
 training/step training/tensorboard training/ahead training/processes

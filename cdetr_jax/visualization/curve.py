@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cdetr_jax.files import as_path, whole_file
+from cdetr_jax.files import as_path
+from cdetr_jax.visualization.figure import new_figure, save_figure
 
 _LOSS, _AP = "Training loss", "COCO average precision"
 _MOST_INSIDE = 5  # lines whose legend is put into a panel; a longer one would cover them
@@ -98,12 +99,8 @@ def draw_panels(
     panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(8 if columns == 1 else 6 * columns, 3.4 * rows), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8 if columns == 1 else 6 * columns, 3.4 * rows)
     all_axes = figure.subplots(rows, columns, squeeze=False, sharex=True).reshape(-1)
     for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
         for label, (epochs, mean, low, high) in lines.items():
@@ -124,8 +121,7 @@ def draw_panels(
     for axes in all_axes[max(0, len(panels) - columns) : len(panels)]:
         axes.set_xlabel("epochs")
         axes.xaxis.set_tick_params(labelbottom=True)
-    with whole_file(output_png) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, output_png)
     return True
 
 

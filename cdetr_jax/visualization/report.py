@@ -15,6 +15,7 @@ from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics, Results, format
 from cdetr_jax.files import as_csv, whole_file, write_json, write_text
 from cdetr_jax.records import Category, Record
 from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
+from cdetr_jax.visualization.figure import new_figure, save_figure
 from cdetr_jax.visualization.page import Page
 
 if TYPE_CHECKING:
@@ -201,9 +202,9 @@ def write_report(
     names = [*metrics.per_class, "nothing"]
     named = [[name, *row] for name, row in zip(names, counts.tolist(), strict=True)]
     write_text(folder / "confusion.csv", as_csv([["is / taken for", *names], *named]))
-    _save(folder / "precision_recall.png", _precision_recall(metrics))
-    _save(folder / "threshold.png", _threshold_curves(curve))
-    _save(folder / "confusion.png", _confusion_matrix(counts, names))
+    save_figure(_precision_recall(metrics), folder / "precision_recall.png")
+    save_figure(_threshold_curves(curve), folder / "threshold.png")
+    save_figure(_confusion_matrix(counts, names), folder / "confusion.png")
     worst, shown = worst_pictures(source, matches, curve.best)
     if worst is not None:
         with whole_file(folder / "worst.png") as temporary:
@@ -335,23 +336,9 @@ def _shown(value: Any) -> str:
     return format_number(value).strip() if isinstance(value, float) else str(value)
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(path: Path, figure: "Figure") -> None:
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
 def _precision_recall(metrics: CocoMetrics) -> "Figure":
     """A line a class; with many classes they are thin and grey, but for the three worst."""
-    figure = _figure(8, 5)
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     recall = np.linspace(0, 1, 101)
     curves = {
@@ -374,7 +361,7 @@ def _precision_recall(metrics: CocoMetrics) -> "Figure":
 
 
 def _threshold_curves(curve: Threshold) -> "Figure":
-    figure = _figure(8, 4)
+    figure = new_figure(8, 4)
     axes = figure.subplots()
     for name in ("precision", "recall", "f1"):
         axes.step(curve.scores, getattr(curve, name), label=name.replace("f1", "F1"), where="pre")
@@ -388,7 +375,7 @@ def _threshold_curves(curve: Threshold) -> "Figure":
 def _confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> "Figure":
     """Coloured by the share of the row; numbers and all names as long as they can be read."""
     side = min(max(4.5, 0.55 * len(names) + 2), 16)
-    figure = _figure(side, side * 0.92)
+    figure = new_figure(side, side * 0.92)
     axes = figure.subplots()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
