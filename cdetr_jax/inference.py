@@ -204,7 +204,8 @@ class Detector:
             if not self._model.encoder_layers:
                 raise ValueError("this detector has no encoder layer, so there is no attention from a point")
         side = "decoder" if point is None else "encoder"
-        padded, sizes_hw = self._padded(image)
+        resized, shape_hw = self._resized(image)
+        padded, sizes_hw = _padded([resized], shape_hw)
         with must_fit(*padded.shape[:3], "use a device with more, or JAX_PLATFORMS=cpu"):
             predicted, attends = _attend(self._model, self._variables, padded, sizes_hw)
             (probs, boxes_xyxy, points_xy), is_pad = jax.device_get((predicted, attends[side].is_pad[0]))
@@ -244,24 +245,19 @@ class Detector:
             **of_queries,
         )
 
-    def _padded(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The resized picture as a batch of one, padded, and its height and width [1, 2]."""
+    def _resized(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        """The picture as the detector wants it, and the padded shape for it."""
         sides = self._preprocessing
         resized = resize_for_evaluation(image, sides.short_side_px, sides.long_side_max_px, sides.shapes_hw)
-        shape_hw = smallest_shape(np.array([resized.shape[:2]]), sides.shapes_hw)[0]
-        padded = np.zeros((1, *shape_hw, 3), np.uint8)
-        padded[0, : resized.shape[0], : resized.shape[1]] = resized
-        return padded, np.array([resized.shape[:2]], np.int32)
+        return resized, tuple(smallest_shape(np.array([resized.shape[:2]]), sides.shapes_hw)[0])
 
     def _find_all(self, images: Iterable[np.ndarray], threshold: float, batch_size: int) -> list[Objects]:
         found: list[Objects | None] = []
         waiting = collections.defaultdict(list)  # by padded shape
-        sides = self._preprocessing
         for i, image in enumerate(images):
             found.append(None)
-            resized = resize_for_evaluation(image, sides.short_side_px, sides.long_side_max_px, sides.shapes_hw)
-            shape_hw = smallest_shape(np.array([resized.shape[:2]]), sides.shapes_hw)[0]
-            together = waiting[tuple(shape_hw)]
+            resized, shape_hw = self._resized(image)
+            together = waiting[shape_hw]
             together.append((i, image, resized))
             if len(together) == batch_size:
                 self._find(together, shape_hw, threshold, found)
@@ -279,12 +275,8 @@ class Detector:
         found: list[Objects | None],
     ) -> None:
         """Runs (place in `found`, picture, resized picture) as one batch."""
-        padded = np.zeros((len(pictures), *shape_hw, 3), np.uint8)
-        for row, (_, _, resized) in zip(padded, pictures, strict=True):
-            row[: resized.shape[0], : resized.shape[1]] = resized
-        sizes_hw, original_sizes_hw = (
-            np.array([entry[which].shape[:2] for entry in pictures], np.int32) for which in (2, 1)
-        )
+        padded, sizes_hw = _padded([resized for _, _, resized in pictures], shape_hw)
+        original_sizes_hw = np.array([image.shape[:2] for _, image, _ in pictures], np.int32)
         remedy = "give fewer pictures a call" if len(padded) > 1 else "use a device with more, or JAX_PLATFORMS=cpu"
         with must_fit(*padded.shape[:3], remedy):
             detections = jax.device_get(self._detect(self._variables, padded, sizes_hw, original_sizes_hw))
@@ -304,6 +296,14 @@ class Detector:
             names=[category.name for category in categories],
             class_names=[category.name for category in self.classes if category is not None],
         )
+
+
+def _padded(pictures: Sequence[np.ndarray], shape_hw: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures as one batch [B, H, W, 3] with zeros around, and their heights and widths [B, 2]."""
+    padded = np.zeros((len(pictures), *shape_hw, 3), np.uint8)
+    for row, picture in zip(padded, pictures, strict=True):
+        row[: picture.shape[0], : picture.shape[1]] = picture
+    return padded, np.array([picture.shape[:2] for picture in pictures], np.int32)
 
 
 _attention_maps = jax.jit(attention_maps, static_argnames="model")
