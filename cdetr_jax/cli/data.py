@@ -17,7 +17,7 @@ from cdetr_jax.data.folders import Layout, divide, find_layout
 from cdetr_jax.data.plan import real_pixels, real_pixels_otherwise, train_plan
 from cdetr_jax.data.sources import BadPictureError, PictureFolder, open_image
 from cdetr_jax.files import check_writable_folder, write_json
-from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
+from cdetr_jax.visualization.draw import contact_sheet, draw_annotated
 
 SHEET, SHEET_COLUMNS = 16, 4
 SHOWN_CLASSES, SHOWN_PLACES = 30, 3
@@ -150,7 +150,6 @@ def _findings_text(findings: Iterable[Finding]) -> str:
 def _sheet(source: PictureFolder) -> Any:
     """Some pictures with their boxes, the same at every call."""
     names = {category.id: category.name for category in source.categories}
-    class_names = sorted(names.values()) if len(names) <= 15 else None
     panels = []
     for i in np.random.default_rng(0).permutation(len(source)).tolist():
         try:
@@ -158,9 +157,8 @@ def _sheet(source: PictureFolder) -> Any:
         except BadPictureError:
             continue
         record = source.records[i]
-        corners = record.boxes_xywh_px + np.pad(record.boxes_xywh_px[:, :2], ((0, 0), (2, 0)))
         labels = [names[category_id] for category_id in record.category_ids.tolist()]
-        panels.append(draw_boxes(picture, corners, labels, class_names=class_names))
+        panels.append(draw_annotated(picture, record.boxes_xywh_px, labels, names=list(names.values())))
         if len(panels) == SHEET:
             break
     return contact_sheet(panels, SHEET_COLUMNS)

@@ -1,7 +1,6 @@
 """What is wrong with a data set, by looking at every picture and every box."""
 
 import hashlib
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -140,5 +139,5 @@ def leaks(splits: Mapping[str, PictureFolder]) -> str:
     if not shared:
         return ""
     first, others = shared[0]
-    other = next(other for other in itertools.chain(others) if other.split != first.split)
+    other = next(other for other in others if other.split != first.split)
     return f"{len(shared)} pictures are in both {first.split} and {other.split}, such as {first.path} and {other.path}"

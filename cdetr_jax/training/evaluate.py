@@ -1,6 +1,7 @@
 """Evaluation of a detector: COCO AP, and a sheet of a few pictures with what was found in them."""
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from cdetr_jax.training.parallel import Trainer, detect_programs
 from cdetr_jax.training.start import check_same_command, check_same_data, check_same_state
 from cdetr_jax.training.stopping import Stop
 from cdetr_jax.visualization.attention import Attention, heat_over
-from cdetr_jax.visualization.draw import contact_sheet, draw_boxes, tagged
+from cdetr_jax.visualization.draw import contact_sheet, draw_annotated, tagged
 from cdetr_jax.weights.load import FREE_FIELDS, Weights
 
 SHEET_PICTURES, SHEET_THRESHOLD = 8, 0.3
@@ -164,30 +165,23 @@ def evaluation_sheet(
     """
     chosen = np.random.default_rng(seed).permutation(len(source))[:SHEET_PICTURES].tolist()
     names = {category.id: category.name for category in source.categories}
+    image_ids = {source.records[i].image_id for i in chosen}
+    shown = [result for result in results if result["image_id"] in image_ids and result["score"] >= SHEET_THRESHOLD]
+    shown.sort(key=lambda result: -result["score"])
+    draw = functools.partial(draw_annotated, names=list(names.values()))
     rows = []
     for i in chosen:
         picture, record = source.load_image(i), source.records[i]
-        found = [each for each in results if each["image_id"] == record.image_id and each["score"] >= SHEET_THRESHOLD]
-        found.sort(key=lambda result: -result["score"])
         labels = [names[category_id] for category_id in record.category_ids.tolist()]
-        rows.append([_drawn(picture, record.boxes_xywh_px, labels, None, names)])
-        boxes = np.array([result["bbox"] for result in found], np.float64)
-        labels, scores = [names[result["category_id"]] for result in found], [result["score"] for result in found]
-        rows[-1].append(_drawn(picture, boxes, labels, scores, names))
+        rows.append([draw(picture, record.boxes_xywh_px, labels)])
+        found = [result for result in shown if result["image_id"] == record.image_id]
+        boxes, scores = [result["bbox"] for result in found], [result["score"] for result in found]
+        rows[-1].append(draw(picture, boxes, [names[result["category_id"]] for result in found], scores))
         attention = look(picture)
         for part in ("spatial", "combined"):
             panel = heat_over(attention, 0, getattr(attention, part)[-1, 0].mean(0), rows[-1][0].size, most=20)
             rows[-1].append(tagged(panel, f"{part}: {attention.names[0]} {attention.scores[0]:.2f}"))
     return contact_sheet([panel for row in zip(*rows, strict=True) for panel in row], len(chosen), cell_px=240)
-
-
-def _drawn(
-    picture: np.ndarray, boxes_xywh_px: np.ndarray, labels: Sequence[str], scores: Any, names: dict[int, str]
-) -> Image.Image:
-    boxes = boxes_xywh_px.reshape(-1, 4)
-    boxes_xyxy_px = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    class_names = sorted(names.values()) if len(names) <= 15 else None
-    return draw_boxes(picture, boxes_xyxy_px, labels, scores, class_names=class_names)
 
 
 def with_model_of(weights: Weights, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

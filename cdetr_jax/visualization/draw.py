@@ -99,6 +99,25 @@ def tagged(picture: Image.Image, text: str) -> Image.Image:
     return picture
 
 
+def draw_annotated(
+    image: np.ndarray,
+    boxes_xywh_px: np.ndarray,
+    labels: Sequence[str],
+    scores: Sequence[float] | None = None,
+    *,
+    names: Sequence[str],
+) -> Image.Image:
+    """`draw_boxes` of [n, 4] left, top, width, height; `names`: all of a data set, few have a colour each."""
+    class_names = sorted(names) if len(names) <= len(PALETTE) else None
+    return draw_boxes(image, xywh_to_xyxy(boxes_xywh_px), labels, scores, class_names=class_names)
+
+
+def xywh_to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
+    """Left, top, width, height [n, 4] (or an empty list) as left, top, right, bottom."""
+    boxes = np.asarray(boxes_xywh, np.float64).reshape(-1, 4)
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
 def contact_sheet(images: Sequence[Image.Image], columns: int, *, cell_px: int = 480, gap_px: int = 6) -> Image.Image:
     """Puts pictures side by side, row after row, on white.
 

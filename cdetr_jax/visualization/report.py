@@ -14,7 +14,7 @@ from cdetr_jax.data.sources import Source
 from cdetr_jax.evaluation.coco_eval import SUMMARY, CocoMetrics, Results, format_number
 from cdetr_jax.files import as_csv, whole_file, write_json, write_text
 from cdetr_jax.records import Category, Record
-from cdetr_jax.visualization.draw import contact_sheet, draw_boxes
+from cdetr_jax.visualization.draw import contact_sheet, draw_boxes, xywh_to_xyxy
 from cdetr_jax.visualization.figure import new_figure, save_figure
 from cdetr_jax.visualization.page import Page
 
@@ -294,8 +294,7 @@ def _draw_mistakes(image: np.ndarray, of: Matches, threshold: float, names: dict
         add(of.boxes_xywh_px[d], f"{names[int(of.category_ids[d])]} {of.scores[d]:.2f}", FOUND)
     if len(boxes) > MOST_TAGS:
         labels = ["" for _ in boxes]
-    xywh = np.array(boxes)
-    return draw_boxes(image, np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1), labels, colours=colours)
+    return draw_boxes(image, xywh_to_xyxy(boxes), labels, colours=colours)
 
 
 def _class_rows(
