@@ -156,6 +156,15 @@ def parser() -> argparse.ArgumentParser:
             help="it is a DC5 model; for a .pth of which neither name nor content says so",
         )
 
+    def add_from_eval(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--from-eval",
+            type=whole(0),
+            default=0,
+            metavar="N",
+            help="also the first N pictures of the run's evaluation set",
+        )
+
     evaluate = add(
         "evaluate",
         "print COCO's 12 numbers and the AP of every class",
@@ -219,13 +228,7 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--threshold", type=score, default=0.5, metavar="SCORE", help="lowest score to keep, 0 to 1 (default: 0.5)"
     )
-    predict.add_argument(
-        "--from-eval",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="also the first N pictures of the run's evaluation set",
-    )
+    add_from_eval(predict)
     predict.add_argument(
         "--classes", type=names, metavar="NAME,...", help="keep objects of these classes only (default: all)"
     )
@@ -299,16 +302,10 @@ def parser() -> argparse.ArgumentParser:
     attention.add_argument(
         "--point", type=point, metavar="X,Y", help="the encoder's self-attention from this pixel, instead of a query"
     )
-    attention.add_argument(
-        "--from-eval",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="also the first N pictures of the run's evaluation set",
-    )
+    add_from_eval(attention)
     attention.add_argument("--measure", action="store_true", help="measure over the evaluation set; draw nothing")
     attention.add_argument(
-        "--config", type=name, metavar="FILE", help="measure: recipe with the pictures to measure on"
+        "--config", type=name, metavar="RECIPE", help="measure: recipe with the pictures to measure on"
     )
     attention.add_argument(
         "pictures", nargs="*", type=name, metavar="PICTURE", help="pictures, folders of them, patterns, or addresses"

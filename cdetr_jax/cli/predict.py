@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from cdetr_jax.cli.predict_video import VIDEOS, as_json_line, check_for_videos, find_in_video
+from cdetr_jax.cli.predict_video import VIDEOS, as_json_line, check_for_videos, find_in_video, parts
 from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.data.sources import PICTURE_ERRORS, BadPictureError, is_address, open_picture
 from cdetr_jax.files import as_csv, as_path, growing_list, growing_text, whole_file, write_text
@@ -85,14 +85,17 @@ def run(arguments: argparse.Namespace) -> None:
 
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
     inputs = picture_inputs(weights, files, arguments.from_eval)
-    inputs = [each for each in inputs if each.file_name not in map(str, videos)]
+    inputs = [each for each in inputs if Path(each.file_name) not in videos]
     detector = Detector(weights)
-    chosen = _known_classes(arguments.classes, detector)
+    class_names = [category.name for category in detector.classes if category is not None]
+    _check_classes(arguments.classes or [], class_names)
     batch = arguments.batch or (1 if jax.default_backend() == "cpu" else 8)
 
     def find(images: list[np.ndarray]) -> list[Any]:
         found = detector(images, arguments.threshold, batch)
-        return found if chosen is None else [objects[np.isin(objects.names, chosen)] for objects in found]
+        if not arguments.classes:
+            return found
+        return [objects[np.isin(objects.names, arguments.classes)] for objects in found]
 
     for path in videos:
         print(find_in_video(path, find, batch, output), flush=True)
@@ -101,10 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
     sheet_path = names.path("sheet")
     sheet: list[Image.Image] = []
     num_objects, unreadable = 0, 0
-    class_names = [category.name for category in detector.classes if category is not None]
     with _results_files(output, arguments.save, class_names) as add_results, _progress(len(inputs)) as progress:
         # A few batches at a time, in which pictures of one padded shape come together.
-        for together in _parts(inputs, batch):
+        for together in parts(inputs, 1 if batch == 1 else 4 * batch):
             read: list[tuple[PictureInput, np.ndarray]] = []
             for each in together:
                 try:
@@ -139,11 +141,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{unreadable} of {len(inputs)} pictures could not be read, see above")
 
 
-def _parts(inputs: list[PictureInput], batch: int) -> list[list[PictureInput]]:
-    size = 1 if batch == 1 else 4 * batch
-    return [inputs[i : i + size] for i in range(0, len(inputs), size)]
-
-
 def _progress(total: int) -> Any:
     """A bar on a terminal; `write` puts a line above it, in a file or pipe the line alone."""
     from tqdm import tqdm
@@ -153,15 +150,13 @@ def _progress(total: int) -> Any:
     return bar
 
 
-def _known_classes(wanted: list[str] | None, detector: Any) -> list[str] | None:
+def _check_classes(wanted: list[str], known: list[str]) -> None:
     """Raises ValueError at a name that the detector does not know."""
-    known = [category.name for category in detector.classes if category is not None]
-    for name in wanted or []:
+    for name in wanted:
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=1)
             meant = f"; did you mean {similar[0]}?" if similar else f"; it knows {', '.join(known[:8])}..."
             raise ValueError(f"--classes: the detector does not know {name!r}{meant}")
-    return wanted
 
 
 @contextlib.contextmanager

@@ -1,14 +1,17 @@
 """The objects in a video: every frame drawn, and a line for each with its time."""
 
 import fractions
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cdetr_jax.files import growing_text
+
+Item = TypeVar("Item")
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
@@ -47,7 +50,8 @@ def find_in_video(path: Path, find: Callable[[list[np.ndarray]], list[Any]], bat
             stream = video.streams.video[0]
             codec = "h264" if "libx264" in av.codecs_available else "mpeg4"
             target = None
-            for part in _parts(tqdm(video.decode(stream), total=stream.frames or None, disable=None), batch):
+            decoded = tqdm(video.decode(stream), total=stream.frames or None, disable=None)
+            for part in parts(((frame.time, frame.to_ndarray(format="rgb24")) for frame in decoded), batch):
                 for (time_s, _), objects in zip(part, find([frame for _, frame in part]), strict=True):
                     picture = np.asarray(objects.draw())
                     picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]  # colours go by twos
@@ -68,15 +72,10 @@ def find_in_video(path: Path, find: Callable[[list[np.ndarray]], list[Any]], bat
     return f"{path}: {objects_found} objects in {frames} frames -> {drawn_path}, {lines_path}"
 
 
-def _parts(frames: Any, batch: int) -> Iterator[list[tuple[float | None, np.ndarray]]]:
-    """So many frames at a time, each with its time in seconds."""
-    part = []
-    for frame in frames:
-        part.append((frame.time, frame.to_ndarray(format="rgb24")))
-        if len(part) == batch:
-            yield part
-            part = []
-    if part:
+def parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """So many items at a time, fewer at the end: `itertools.batched` of Python 3.12."""
+    items = iter(items)
+    while part := list(itertools.islice(items, size)):
         yield part
 
 
