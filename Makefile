@@ -29,6 +29,7 @@ demo: $(VENV)/.installed
 	@echo "The demo is done. Its results:"
 	@echo "  pictures with what was found   $(DEMO)/found/ (all in one: $(DEMO)/found/sheet.png)"
 	@echo "  loss and AP over time          $(DEMO)/curve.png"
+	@echo "  where it looks, over time      $(DEMO)/pictures/ (the newest: $(DEMO)/eval.png)"
 	@echo "  all metrics                    $(DEMO)/metrics.jsonl"
 
 test: $(VENV)/.installed-test
