@@ -12,8 +12,13 @@ from jax.experimental import topologies
 
 from cdetr_jax import build
 from cdetr_jax.cli import benchmark_compile, main
-from cdetr_jax.cli.benchmark_compile import Chip, Compiled, Shape
+from cdetr_jax.cli.benchmark_compile import Chip, Shape
+from cdetr_jax.cli.settings import read_config
 from cdetr_jax.structs import Predictions
+from cdetr_jax.training import memory
+from cdetr_jax.training.memory import Compiled
+from cdetr_jax.training.parallel import Trainer
+from cdetr_jax.training.step import new_rng
 
 COMMAND = ["benchmark", "compile", "--config=configs/demo.py"]
 HIDDEN = 7
@@ -86,7 +91,7 @@ def test_all_reduced_bytes():
       %b = s32[2]{0} all-reduce-start(%w), channel_id=2
       %c = f32[9] get-tuple-element(%a), index=0, metadata={op_name="all-reduce"}
     """
-    assert benchmark_compile.all_reduced_bytes(text) == 4 * 15 + 2 * 7 + 4 + 4 * 2
+    assert memory.all_reduced_bytes(text) == 4 * 15 + 2 * 7 + 4 + 4 * 2
 
 
 def program(**sizes):
@@ -104,6 +109,26 @@ def test_what_a_step_takes_at_least():
     assert benchmark_compile.step_seconds(programs, 3, chip) == pytest.approx((4, 7))
 
 
+def test_in_how_few_parts_a_step_fits(stand_in):
+    config = read_config("demo", [])
+    functions = build.make_step_functions(config, 3, build.make_schedules(config, 10))
+    trainer = Trainer(functions, jax.devices()[:1])
+    state = trainer.shapes(jax.eval_shape(lambda: functions.init(new_rng(0), (32, 32))))
+
+    def parts(available):
+        return memory.parts_that_fit(trainer, state, 6, (64, 96), 4, available, num_shapes=2)
+
+    whole, all_at_once = parts(1e12)
+    assert whole == 1
+    assert all_at_once > 6 * 64 * 96 * 3 + 3 * 4 * PARAMETERS
+    in_two, half = parts(all_at_once - 1)
+    assert in_two == 2
+    assert half < all_at_once
+    assert parts(half) == (2, half)
+    one_by_one, least = parts(0)
+    assert (one_by_one, least < half) == (6, True)  # what does not fit either, but there is no less
+
+
 def test_what_does_not_fit():
     class TooLarge:
         lowered = None
@@ -112,7 +137,7 @@ def test_what_does_not_fit():
         def compiled(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM")
 
-    compiled = benchmark_compile.compile_program(TooLarge())
+    compiled = memory.compile_program(TooLarge())
     shape = Shape((32, 40), 4, {"forward": compiled, "backward": program(arguments=2**20)})
     (programs,) = tables(benchmark_compile.programs_table([shape]))
     (shapes,) = tables(

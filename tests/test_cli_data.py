@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.cli import data_flag
 from cdetr_jax.cli.data_flag import choices, config_of, evaluation_of
 from cdetr_jax.cli.main import run
 from cdetr_jax.cli.settings import read_config
 from cdetr_jax.config_check import check_config
+from cdetr_jax.data.buckets import by_area
 from cdetr_jax.data.folders import read_split
 from cdetr_jax.records import Record
 from cdetr_jax.training import loop
@@ -188,3 +190,20 @@ def test_a_look_at_a_broken_data_set(folder, capsys):
 def test_devices_of_this_machine_are_counted(folder, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 5)
     assert config_of(None, str(folder), []).train.batch_size == 10
+
+
+def test_a_step_is_cut_so_that_it_fits_the_memory(folder, monkeypatch, caplog):
+    monkeypatch.setattr(data_flag, "_memory_of_a_device", lambda: 10 * 2**30)
+    asked = []
+    monkeypatch.setattr(data_flag, "parts_that_fit", lambda *given: asked.append(given) or (2, 5 * 2**30))
+    fields = ["--config.train.batch_size=4", "--config.model.backbone_width=4"]
+    assert config_of(None, str(folder), fields).train.accumulation_steps == 2
+    ((_, _, pictures, shape_hw, targets, available, shapes),) = asked
+    config = config_of(None, str(folder), [*fields, "--config.train.accumulation_steps=4"])
+    settings = build.make_plan_settings(config, read_split(folder, "train"))
+    assert (pictures, shape_hw) == (4 // jax.device_count(), tuple(by_area(settings.shapes)[-1].tolist()))
+    assert (targets, shapes) == (max(settings.target_sizes), len(settings.shapes))
+    assert available == 9 * 2**30
+    assert (config.train.accumulation_steps, len(asked)) == (4, 1)
+    assert "--config.train.accumulation_steps=2" in caplog.text
+    assert "take 5.0 GiB, an estimate; it has 10.0 GiB, of which 10 % are kept free" in caplog.text

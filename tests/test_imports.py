@@ -46,6 +46,7 @@ visualization/report visualization/attention
 training/optimizer
 training/step training/tensorboard training/ahead training/processes
 training/parallel training/metrics training/feed training/stopping
+training/memory
 checkpoints/mismatch checkpoints/workdir
 checkpoints/io
 weights/torch_convert weights/torch_files

@@ -5,14 +5,11 @@ program, and times are bounds from the chip's published peak rates.
 """
 
 import argparse
-import dataclasses
 import importlib.metadata
 import importlib.util
-import math
 import os
 import re
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,10 +21,9 @@ from jax.experimental import topologies
 from cdetr_jax import build
 from cdetr_jax.cli.data_flag import config_of
 from cdetr_jax.config_check import check_config, count_train_devices
+from cdetr_jax.training.memory import GIB, MIB, Compiled, compile_program, memory_needs
 from cdetr_jax.training.parallel import Program, Trainer
 from cdetr_jax.training.step import TrainState, new_rng
-
-GIB, MIB = 2**30, 2**20
 
 NOTES = """
 All of one chip. GB moved is XLA's count for all operations of a program, also of what stays in the chip's inner memory;
@@ -69,28 +65,6 @@ TOPOLOGIES = "v3:2x2, v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1, and mo
 
 # Its recursion overflows the stacks of 1 and 2 MB that libtpu gives its threads by default.
 _STACKS = ("default_thread_stack_size", "fibers_default_thread_stack_size", "xla_internal_thread_stack_size_bytes")
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """One program on one chip; sizes in bytes.
-
-    Attributes:
-      arguments, outputs: `aliased` is part of both, written in the place of arguments.
-      code: of the program itself, which lies in the chip's memory as well.
-      moved: what all its operations read and write.
-      all_reduced: what the chips sum up.
-    """
-
-    seconds: float
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    code: int
-    flops: float
-    moved: float
-    all_reduced: int
 
 
 class Shape(NamedTuple):
@@ -205,40 +179,6 @@ def compile_all(
     return compiled
 
 
-def compile_program(program: Program) -> Compiled | None:
-    """None, if the compiler says that the program is too large for the device's memory."""
-    program.lowered  # noqa: B018  traced before the clock starts
-    start = time.perf_counter()
-    try:
-        compiled = program.compiled
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None
-    seconds = time.perf_counter() - start
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    return Compiled(
-        seconds=seconds,
-        arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes,
-        aliased=memory.alias_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        code=memory.generated_code_size_in_bytes,
-        flops=cost.get("flops", 0.0),
-        moved=cost.get("bytes accessed", 0.0),
-        all_reduced=all_reduced_bytes(compiled.as_text()),
-    )
-
-
-def all_reduced_bytes(text: str) -> int:
-    """What a compiled program's all-reduces take, from its text."""
-    return sum(
-        math.prod(map(int, filter(None, sides.split(",")))) * int(bits) // 8
-        for types in re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
-        for bits, sides in re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", types)
-    )
-
-
 def programs_table(shapes: Sequence[Shape]) -> str:
     """One row for each program; those that are the same for all shapes come once."""
     header = "program|shape|pictures|compiled, s|arguments, MiB|outputs, MiB|temporaries, MiB|code, MiB|GFLOP|GB moved"
@@ -286,27 +226,6 @@ def shapes_table(shapes: Sequence[Shape], state: TrainState, accumulation_steps:
     return _table(header.split("|"), rows)
 
 
-def memory_needs(programs: dict[str, Compiled], state: TrainState, accumulation_steps: int) -> list[tuple[int, int]]:
-    """Bytes of one chip while each program runs, without code: those that stay, and those that grow with the batch."""
-    whole = _bytes(state)
-    if "detect" in programs:
-        detect = programs["detect"]
-        return [(whole, detect.arguments - _bytes(state.eval_variables) + detect.outputs + detect.temporaries)]
-    forward, backward, apply = (programs[name] for name in ("forward", "backward", "apply"))
-    network, grads = _bytes(state.network), backward.outputs
-    pictures = forward.arguments - network
-    # The next micro-batch's forward is queued before this one's backward, whose gradients are added to the sum.
-    more = accumulation_steps > 1
-    return [
-        (whole + more * grads, pictures + forward.outputs + forward.temporaries + more * forward.outputs),
-        (
-            whole + grads + more * grads,
-            pictures + backward.arguments - network + backward.temporaries + more * forward.outputs,
-        ),
-        (apply.arguments + apply.outputs - apply.aliased + apply.temporaries, 0),
-    ]
-
-
 def step_seconds(programs: dict[str, Compiled], accumulation_steps: int, chip: Chip) -> tuple[float, float]:
     """What a step, or an evaluation batch, takes at least; and if all that is moved goes to or from memory."""
     bound = traffic = 0.0
@@ -318,11 +237,6 @@ def step_seconds(programs: dict[str, Compiled], accumulation_steps: int, chip: C
         bound += times * least
         traffic += times * max(least, program.moved / chip.gb_per_s / 1e9)
     return bound, traffic
-
-
-def _bytes(tree: Any) -> int:
-    """Of what every device has alike."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _hxw(shape_hw: tuple[int, int]) -> str:

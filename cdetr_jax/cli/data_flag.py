@@ -13,12 +13,19 @@ from absl import logging
 
 from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
+from cdetr_jax.classes import class_table
 from cdetr_jax.cli.settings import change_config, quiet, read_config
+from cdetr_jax.config_check import check_config, count_train_devices
+from cdetr_jax.data.buckets import by_area
 from cdetr_jax.data.folders import HELD_OUT, find_layout
 from cdetr_jax.data.sources import Source
 from cdetr_jax.data.tfds_source import splits_of
 from cdetr_jax.data.transforms import count_training_objects
 from cdetr_jax.files import as_path
+from cdetr_jax.training.memory import GIB, parts_that_fit
+from cdetr_jax.training.parallel import Trainer
+from cdetr_jax.training.processes import from_all
+from cdetr_jax.training.step import new_rng
 from cdetr_jax.weights import torch_files
 from cdetr_jax.weights.load import Weights
 
@@ -34,6 +41,10 @@ EXPECT = {
     "coco_folder_small": "; expect a rough detector, such as AP 0.37 on 205 pictures of blood cells after 50 epochs: "
     "with a GPU and a network --data starts from weights trained on COCO",
 }
+
+
+# Of a device's memory: for what the runtime takes itself, pictures on their way, and holes between arrays.
+SPARE = 0.1
 
 
 class Choice(NamedTuple):
@@ -72,11 +83,15 @@ def config_of(
     chosen = [
         choice for choice in choices(config, source, jax.device_count(), set_by_hand) if choice.field not in set_by_hand
     ]
+    changed(config, {field: value for field, value, _ in chosen})
+    if "train.accumulation_steps" not in set_by_hand and (available := _memory_of_a_device()):
+        chosen.append(_parts(config, source, available))
+        changed(config, {chosen[-1].field: chosen[-1].value})
     logging.info("the recipe is %s, starting from %s; chosen for these data:", recipe, init or "random weights")
     shown = [f"--config.{field}={value}".replace(" ", "") for field, value, _ in chosen]
     for field, choice in zip(shown, chosen, strict=True):
         logging.info("  %-*s  %s", max(map(len, shown)), field, choice.reason)
-    return changed(config, {field: value for field, value, _ in chosen})
+    return config
 
 
 def evaluation_of(weights: Weights, data: str | None, fields: list[str]) -> ml_collections.ConfigDict:
@@ -208,6 +223,42 @@ def choices(
     yield Choice("data.eval_shapes", (), "the same")
     yield Choice("data.num_train_shapes", shapes, "each is compiled, and is to have pictures enough for its batches")
     yield Choice("data.num_eval_shapes", min(shapes, data.num_eval_shapes), "the same")
+
+
+def _memory_of_a_device() -> int | None:
+    """Bytes that a program may use, the least of all devices; None on a CPU, which does not say."""
+    return min(from_all(min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())))
+
+
+def _parts(config: ml_collections.ConfigDict, source: Source, available: int) -> Choice:
+    """In how many parts a step is cut so that it fits the memory: the batch stays what its learning rate is for.
+
+    Compiles the programs of the largest padded shape, which the run then finds in JAX's cache.
+    """
+    check_config(config)
+    with quiet():
+        settings = build.make_plan_settings(config, source)
+    classes = class_table(source.categories, config.data.class_ids, config.model.num_classes)
+    count = count_train_devices(config.train.batch_size, 1, jax.local_device_count(), jax.process_count())
+    schedules = build.make_schedules(config, settings.steps_per_epoch)
+    functions = build.make_step_functions(config, len(classes), schedules)
+    trainer = Trainer(functions, jax.local_devices()[:count])
+    state = trainer.shapes(jax.eval_shape(lambda: functions.init(new_rng(0), (64, 64))))
+    pictures = config.train.batch_size // trainer.device_count
+    height, width = by_area(settings.shapes)[-1].tolist()
+    logging.info(
+        "compiling a step of %d pictures of %dx%d pixels a device, to see whether it fits ...", pictures, height, width
+    )
+    parts, peak = parts_that_fit(
+        trainer, state, pictures, (height, width), max(settings.target_sizes), (1 - SPARE) * available,
+        len(settings.shapes),
+    )  # fmt: skip
+    takes = "more than there is" if peak is None else f"{peak / GIB:.1f} GiB, an estimate"
+    reason = (
+        f"{pictures // parts} of a device's {pictures} pictures at a time ({height}x{width} pixels) take {takes}; it "
+        f"has {available / GIB:.1f} GiB, of which {100 * SPARE:.0f} % are kept free"
+    )
+    return Choice("train.accumulation_steps", parts, reason)
 
 
 def _is_detector(init: str) -> bool:

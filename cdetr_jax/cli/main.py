@@ -332,7 +332,7 @@ def parser() -> argparse.ArgumentParser:
     prepare = add(
         "prepare",
         "download a TFDS set once and write it so that it can be read at random",
-        "Needs TFDS: pip install cdetr_jax[tfds]. Says first how much disk it takes.\n"
+        "Needs TensorFlow: pip install cdetr_jax[tfds]. Says first how much disk it takes.\n"
         "Interrupted, it goes on when called again. Without a network, put the set's\n"
         "archives under their published names in a folder and name that with\n"
         "--archives. Pictures with a COCO JSON need no preparation: see\n"
