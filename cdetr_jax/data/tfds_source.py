@@ -1,6 +1,6 @@
 """A prepared TFDS set as a source: any with an image, objects/bbox and objects/label, such as coco/2017 or voc/2007.
 
-Nothing here imports TensorFlow: reading a prepared set needs only tensorflow-datasets and array_record.
+Nothing here imports TensorFlow, which reading a prepared set does not need.
 """
 
 import io

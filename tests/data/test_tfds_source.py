@@ -140,9 +140,9 @@ def test_a_name_that_is_none(tmp_path):
 # ------------------------------------------------------------------------- coco/2017, by TFDS's own builder
 
 
-def import_or_skip():
-    """TFDS; skips the test where something of the extra is missing. TFDS imports the others late."""
-    for name in ("tensorflow", "array_record", "importlib_resources"):
+def import_or_skip(*others):
+    """TFDS; skips the test where it is missing, or one of the others that it imports late."""
+    for name in ("array_record", *others):
         pytest.importorskip(name)
     return pytest.importorskip("tensorflow_datasets")
 
@@ -150,7 +150,7 @@ def import_or_skip():
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
     """TFDS's coco/2017, prepared from small archives. Returns: its data_dir, and the folder of what they hold."""
-    import_or_skip()
+    import_or_skip("tensorflow", "importlib_resources")
     from cdetr_jax.data.tfds_prepare import prepare
 
     folder = tmp_path_factory.mktemp("coco")
@@ -389,6 +389,10 @@ def png(keep=None):
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
     """A set as VOC is one, without ids, areas and crowds, and one of its pictures is cut off. Returns: its data_dir."""
+    return write_trees(tmp_path_factory.mktemp("trees"), "array_record")
+
+
+def write_trees(data_dir, file_format):
     tfds = import_or_skip()
 
     class Trees(tfds.core.GeneratorBasedBuilder):
@@ -422,10 +426,7 @@ def trees(tmp_path_factory):
             for name, objects, keep in (("ä.png", [box, box], None), ("cut.png", [], 900)):
                 yield name, {"image": png(keep), "image/filename": name, "objects": objects}
 
-    data_dir = tmp_path_factory.mktemp("trees")
-    for file_format, part in (("array_record", "."), ("tfrecord", "old")):
-        builder = Trees(data_dir=str(data_dir / part), file_format=file_format)
-        builder.download_and_prepare()
+    Trees(data_dir=str(data_dir), file_format=file_format).download_and_prepare()
     return data_dir
 
 
@@ -450,9 +451,11 @@ def test_a_damaged_picture_is_named(trees):
         source.load_image(i)
 
 
-def test_records_that_cannot_be_read_at_random(trees):
-    with pytest.raises(ValueError, match=r"old/trees/3\.0\.0 holds tfrecord files.*`cdetr prepare`"):
-        TfdsSource("trees", trees / "old", "train")
+def test_records_that_cannot_be_read_at_random(tmp_path):
+    import_or_skip("tensorflow")
+    write_trees(tmp_path, "tfrecord")
+    with pytest.raises(ValueError, match=r"trees/3\.0\.0 holds tfrecord files.*`cdetr prepare`"):
+        TfdsSource("trees", tmp_path, "train")
 
 
 def test_a_set_without_boxes():
