@@ -66,13 +66,16 @@ def config_of(
     """
     if data is None:
         return read_config(recipe, fields)
-    set_by_hand = {name: value for name, _, value in (field[9:].partition("=") for field in fields)}
-    place = place_of(data, workdir, set_by_hand.get("data.tfds_data_dir"))
-    if recipe is not None:
-        return change_config(changed(read_config(recipe, []), place), fields)
-    if workdir and (as_path(workdir) / run_files.CONFIG).is_file():
+    set_by_hand = _by_hand(fields)
+    is_begun = bool(recipe is None and workdir and (as_path(workdir) / run_files.CONFIG).is_file())
+    if is_begun:
         logging.info("the config is that of the run in %s", workdir)
-        return change_config(changed(run_files.with_all_fields(run_files.load_config(workdir)), place), fields)
+        config = run_files.with_all_fields(run_files.load_config(workdir))
+    else:
+        config = read_config(recipe or STARTS[0][0], [])
+    place = place_of(data, set_by_hand.get("data.tfds_data_dir", config.data.tfds_data_dir), workdir)
+    if recipe is not None or is_begun:
+        return change_config(changed(config, place), fields)
     if init := set_by_hand.get("init"):
         recipe = STARTS[0][0]
     else:
@@ -119,8 +122,14 @@ def evaluation_of(weights: Weights, data: str | None, fields: list[str]) -> ml_c
             },
         )
     if data is not None:
-        config = changed(config, {"data.eval_split": "validation", **place_of(data)})
+        place = place_of(data, _by_hand(fields).get("data.tfds_data_dir", config.data.tfds_data_dir))
+        config = changed(config, {"data.eval_split": "validation", **place})
     return change_config(config, fields)
+
+
+def _by_hand(fields: list[str]) -> dict[str, str]:
+    """Names and values of fields of the command line, `--config.name=value`."""
+    return {name: value for name, _, value in (field[9:].partition("=") for field in fields)}
 
 
 def default_workdir(data: str) -> str:
@@ -131,16 +140,17 @@ def default_workdir(data: str) -> str:
     return f"runs/{path.parent.name if path.is_file() else path.name}"
 
 
-def place_of(data: str, workdir: str | os.PathLike = "", tfds_data_dir: str | None = None) -> dict[str, Any]:
+def place_of(data: str, tfds_data_dir: str, workdir: str | os.PathLike = "") -> dict[str, Any]:
     """The fields that say where the data are; says in a line what was found.
 
     Args:
       data: a folder, or the name of a TFDS set, as `tfds:coco/2017`.
+      workdir: of the run, where a split that is made is written down.
     Raises: ValueError, FileNotFoundError, if it is neither; ModuleNotFoundError, if it needs TFDS.
     """
     if data.startswith(TFDS):
         name = data.removeprefix(TFDS)
-        splits = splits_of(name, tfds_data_dir or read_config(STARTS[0][0], []).data.tfds_data_dir)
+        splits = splits_of(name, tfds_data_dir)
         held_out = round(100 * (1 - HELD_OUT))
         train, evaluation = "train", next((split for split in ("validation", "test") if split in splits), None)
         if evaluation is None:

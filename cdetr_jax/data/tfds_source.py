@@ -316,8 +316,8 @@ def _open_records(builder: Any, split: str, folder: Any) -> Any:
             "as array_record in another data_dir with `cdetr prepare`"
         ) from None
     except (ValueError, KeyError) as error:
-        splits = ", ".join(builder.info.splits)
-        raise ValueError(f"{folder} has no split {split!r}, it has {splits} ({error})") from error
+        splits = ", ".join(f"{name} with {info.num_examples} pictures" for name, info in builder.info.splits.items())
+        raise ValueError(f"{folder} has no picture in a split {split!r}, it has {splits} ({error})") from error
 
 
 def _fingerprint(folder: Any, split: str) -> str:

@@ -14,12 +14,15 @@ from coco_archives import CMYK, FILE_NAMES, GRAY, WITHOUT_BOXES, detections, wri
 from PIL import Image
 
 from cdetr_jax import build
+from cdetr_jax.checkpoints.workdir import save_config
+from cdetr_jax.cli.data_flag import config_of, evaluation_of
 from cdetr_jax.data import cache, tfds_source
 from cdetr_jax.data.coco_categories import COCO_CATEGORIES
 from cdetr_jax.data.sources import BadPictureError, CocoFolder
 from cdetr_jax.data.tfds_source import TfdsSource, category_ids_of, find_prepared, object_areas, pixel_boxes
 from cdetr_jax.evaluation.coco_eval import SUMMARY, coco_average_precision
 from cdetr_jax.structs import Category
+from cdetr_jax.weights.load import Preprocessing, Weights
 from configs import common, demo
 
 # ------------------------------------------------------------------------------------------------------ numbers
@@ -442,6 +445,23 @@ def test_a_set_like_voc(trees):
     assert record.category_ids.tolist() == [1, 1]
     assert not record.is_crowd.any()
     np.testing.assert_array_equal(source.load_image(i), PIXELS)
+
+
+def test_a_set_named_on_the_command_line(trees, tmp_path):
+    """`--data=tfds:NAME`: the only split is divided; another command finds the set where the run found it."""
+    config = config_of("demo", "tfds:trees", [f"--config.data.tfds_data_dir={trees}"])
+    data = config.data
+    assert (data.source, data.tfds_name) == ("tfds", "trees")
+    assert (data.train_split, data.eval_split) == ("train[:80%]", "train[80%:]")
+    assert len(build.make_source(config, "train")) == 2
+    with pytest.raises(ValueError, match=r"no picture in a split 'train\[80%:\]', it has train with 2 pictures"):
+        build.make_source(config, "eval")
+    weights = Weights("w", {}, (), {}, Preprocessing(96, 160, ((96, 160),)), config=config)
+    assert evaluation_of(weights, "tfds:trees", []).data.tfds_data_dir == str(trees)
+    save_config(tmp_path, config)
+    assert config_of(None, "tfds:trees", [], tmp_path).data.tfds_data_dir == str(trees)
+    with pytest.raises(FileNotFoundError, match="trees is not prepared in elsewhere"):
+        evaluation_of(weights, "tfds:trees", ["--config.data.tfds_data_dir=elsewhere"])
 
 
 def test_a_damaged_picture_is_named(trees):
