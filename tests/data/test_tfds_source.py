@@ -250,9 +250,7 @@ def test_splits_of_tfds(coco):
     assert sorted(ids) == ids
     assert len(TfdsSource("coco/2017", coco[0], "validation[:3]")) == 3
     assert [r.image_id for r in TfdsSource("coco/2017:1.1.0", coco[0], "train+test").records] == list(range(1, 8))
-    with pytest.raises(
-        ValueError, match=r"'valid', it has train with 6 pictures, validation with 9 pictures, test"
-    ):
+    with pytest.raises(ValueError, match=r"'valid', it has train with 6 pictures, validation with 9 pictures, test"):
         TfdsSource("coco/2017", coco[0], "valid")
 
 
