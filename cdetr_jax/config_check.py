@@ -9,6 +9,7 @@ import ml_collections
 from cdetr_jax.data.plan import LAST_BATCH
 from cdetr_jax.models.resnet import NORMS, STAGE_SIZES
 from cdetr_jax.models.transformer import REFERENCE_POINTS, SPATIAL_QUERIES, TRANSFORMATIONS
+from cdetr_jax.training.trackers import TRACKERS
 
 
 class Rule(NamedTuple):
@@ -155,6 +156,10 @@ FIELDS = {
     "train.accumulation_steps": _whole(1, 10**6),
     "train.num_epochs": _whole(1),
     "train.max_steps": Rule("None or a whole number from 1", lambda value: value is None or _whole(1).holds(value)),
+    "train.log": Rule(
+        f"one or more of {', '.join(TRACKERS)}, with commas between, or none",
+        lambda value: isinstance(value, str) and set(value.split(",")) <= {*TRACKERS, "none"},
+    ),
     "train.log_every_steps": _whole(1),
     "train.checkpoint_every_steps": _whole(1),
     "train.keep_checkpoints": _whole(1, 10**6),

@@ -107,6 +107,7 @@ def get_config(epochs: str = "50") -> ml_collections.ConfigDict:
     train.accumulation_steps = 1  # micro-batches of a step, one after the other, each of one padded shape
     train.num_epochs = int(epochs)
     train.max_steps = config_dict.placeholder(int)  # stop earlier, for a trial
+    train.log = "tensorboard"  # besides metrics.jsonl: tensorboard, csv, wandb, mlflow, with commas between; or none
     train.log_every_steps = 50
     train.checkpoint_every_steps = 1000  # and at the end of every epoch
     train.keep_checkpoints = 2  # the last n, and the best by AP

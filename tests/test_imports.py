@@ -45,6 +45,7 @@ visualization/curve
 visualization/report visualization/attention
 training/optimizer
 training/step training/tensorboard training/ahead training/processes
+training/trackers
 training/parallel training/metrics training/feed training/stopping
 training/memory
 checkpoints/mismatch checkpoints/workdir

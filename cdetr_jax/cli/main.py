@@ -96,6 +96,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where checkpoints and metrics go (default: runs/ and the data's name)",
     )
+    train.add_argument(
+        "--log",
+        type=some_of("tensorboard", "csv", "wandb", "mlflow", "none"),
+        metavar="NAMES",
+        help="where metrics go besides metrics.jsonl, with commas between: tensorboard (default), csv, wandb, mlflow; "
+        "or none",
+    )
     add_processes(train)
 
     compare = add(
@@ -332,9 +339,9 @@ def parser() -> argparse.ArgumentParser:
     prepare = add(
         "prepare",
         "download a TFDS set once and write it so that it can be read at random",
-        "Needs TensorFlow: pip install cdetr_jax[tfds]. Says first how much disk it takes.\n"
-        "Interrupted, it goes on when called again. Without a network, put the set's\n"
-        "archives under their published names in a folder and name that with\n"
+        "Needs TensorFlow: pip install cdetr_jax[tfds]. Says first how much disk it\n"
+        "takes. Interrupted, it goes on when called again. Without a network, put the\n"
+        "set's archives under their published names in a folder and name that with\n"
         "--archives. Pictures with a COCO JSON need no preparation: see\n"
         "--config.data.source=coco_folder.\n\n"
         "examples:\n"
@@ -506,7 +513,9 @@ def run(argv: list[str] | None = None) -> None:
     _check_names(main, argv)
     arguments, rest = main.parse_known_args(argv)
     fields = [field for field in rest if field.startswith("--config.")]
-    unknown = [word for word in rest if word not in fields]
+    if getattr(arguments, "log", None):
+        fields.append(f"--config.train.log={','.join(arguments.log)}")
+    unknown = [word for word in rest if not word.startswith("--config.")]
     if unknown or (fields and arguments.command not in TAKES_CONFIG_FIELDS):
         main.error(f"unknown argument {(unknown or fields)[0]!r}; see `cdetr {arguments.command} --help`")
     missing = [name for name in ("config", "workdir") if getattr(arguments, name, "") is None]

@@ -20,7 +20,7 @@ from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.checkpoints.io import Checkpoints
 from cdetr_jax.classes import ClassTable, class_table
-from cdetr_jax.config_check import check_config, count_train_devices
+from cdetr_jax.config_check import check_config, count_train_devices, flat_fields
 from cdetr_jax.data.buckets import by_area
 from cdetr_jax.data.pipeline import Batches
 from cdetr_jax.data.plan import EpochPlan, PlanSettings
@@ -46,9 +46,11 @@ from cdetr_jax.training.start import (
     describe_parameters,
     fingerprint,
     initial_state,
+    record_start,
 )
 from cdetr_jax.training.step import StepMetrics, TrainState
 from cdetr_jax.training.stopping import Stop, StoppedError, watch_signals
+from cdetr_jax.training.trackers import check_installed
 from cdetr_jax.visualization.curve import training_curve
 from cdetr_jax.weights.load import Preprocessing, Weights
 
@@ -69,11 +71,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str | os.Path
     have had.
     Returns: the last evaluation's 12 COCO numbers; None if none was made.
     Raises: ValueError, if a field or the data are wrong, or the workdir holds another run or one that is going on;
-      FileNotFoundError, if pictures are missing; NonFiniteLossError; OSError, if a checkpoint cannot be written;
-      StoppedError, after Ctrl-C or SIGTERM, with all of it saved.
+      FileNotFoundError, if pictures are missing; ModuleNotFoundError, if a tracker's package is; NonFiniteLossError;
+      OSError, if a checkpoint cannot be written; StoppedError, after Ctrl-C or SIGTERM, with all of it saved.
     """
     workdir = as_path(workdir)
     check_config(config)
+    check_installed(config.train.log)
     check_same_command(config)
     devices = _train_devices(config)
     source = build.make_source(config, "train")
@@ -123,7 +126,9 @@ def _train(
         if start_step == 0:
             frozen = frozen_modules(config.model.backbone, config.model.frozen_stages)
             logging.info("%s", describe_parameters(workdir, state.params, frozen))
-    writer = make_writer(workdir) if is_first_process else None
+        environment = record_start(workdir, start_step)
+        facts = flat_fields({"config": config, "environment": environment})
+    writer = make_writer(workdir, config.train.log, facts) if is_first_process else None
     if writer:
         writer.truncate_after(start_step, is_evaluated=checkpoints.score(start_step) is not None)
     logging.info(
@@ -250,7 +255,7 @@ def _train(
         if progress:
             progress.close()
         if writer:
-            writer.close()
+            writer.close(failed=sys.exception() is not None)
         if not (are_several() and sys.exception()):  # else it is finished before this process leaves
             checkpoints.close()
         if is_first_process and (workdir / "metrics.jsonl").exists():

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a metrics file, TensorBoard's files, and its progress."""
+"""What a run tells while it goes: a metrics file, trackers, and its progress."""
 
 import contextlib
 import functools
@@ -7,16 +7,16 @@ import math
 import os
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
 from absl import logging
 from tqdm import tqdm
 
 from cdetr_jax.files import as_path, is_remote, write_text, writing
-from cdetr_jax.training.tensorboard import TensorBoardFile
+from cdetr_jax.training.trackers import Tracker, make_trackers
 from cdetr_jax.visualization.curve import read_metrics
 
 RATE_WINDOW_STEPS = 200  # the time left comes from the mean pace of so many steps
@@ -64,51 +64,47 @@ class MetricsFile:
 
 
 class MetricsWriter:
-    """Writes scalars to the metrics file, and to TensorBoard's if there is one."""
+    """Writes scalars to the metrics file, and then to the trackers."""
 
-    def __init__(self, file: MetricsFile, tensorboard: TensorBoardFile | None = None):
-        self._file = file
-        self._tensorboard = tensorboard
+    def __init__(self, file: MetricsFile, trackers: Sequence[Tracker] = ()):
+        self._file, self._trackers = file, trackers
 
     def write_scalars(
         self, step: int, scalars: Mapping[str, float], *, epoch: float, kind: Literal["train", "eval"]
     ) -> None:
-        """Writes scalars of one step; in TensorBoard their names start with the kind, "train/loss"."""
+        """Writes scalars of one step; for trackers their names start with the kind, "train/loss"."""
         self._file.write(step, epoch, kind, scalars)
-        if self._tensorboard is not None:
-            named = {f"{kind}/{name}": value for name, value in scalars.items()}
-            self._tensorboard.write(step, {**named, "epoch": epoch})
+        for tracker in self._trackers:
+            tracker.write(step, {**{f"{kind}/{name}": value for name, value in scalars.items()}, "epoch": epoch})
 
     def write_picture(self, step: int, name: str, content: bytes, width: int, height: int) -> None:
-        """Writes a picture to TensorBoard's file."""
-        if self._tensorboard is not None:
-            self._tensorboard.write_picture(step, name, content, width, height)
+        """Hands the content of a PNG or JPEG file to the trackers."""
+        for tracker in self._trackers:
+            tracker.write_picture(step, name, content, width, height)
 
     def truncate_after(self, step: int, is_evaluated: bool = True) -> None:
-        """At resume, as `MetricsFile.truncate_after`: TensorBoard stops showing what comes after the restored step."""
+        """At resume, as `MetricsFile.truncate_after`: trackers no longer show what comes after the restored step."""
         self._file.truncate_after(step, is_evaluated)
-        if self._tensorboard is not None:
-            self._tensorboard.hide_after(step)
+        for tracker in self._trackers:
+            tracker.hide_after(step)
 
-    def close(self) -> None:
-        """Closes TensorBoard's file."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+    def close(self, failed: bool = False) -> None:
+        """Closes the trackers; `failed`: the run ends with an error."""
+        for tracker in self._trackers:
+            tracker.close(failed)
 
 
-def make_writer(workdir: str | os.PathLike) -> MetricsWriter:
-    """A writer to `workdir/metrics.jsonl`, and to a TensorBoard file beside it unless the workdir is remote.
-
-    To be called by one process of a run.
-    """
+def make_writer(
+    workdir: str | os.PathLike, log: str = "tensorboard", facts: Mapping[str, Any] | None = None
+) -> MetricsWriter:
+    """A writer to `workdir/metrics.jsonl` and to trackers, see `make_trackers`; for one process of a run."""
     workdir = as_path(workdir)
+    if not is_remote(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     file = MetricsFile(workdir / "metrics.jsonl")
-    if is_remote(workdir):
-        logging.info("Metrics go to %s; not to TensorBoard, whose files need a local workdir.", file.path)
-        return MetricsWriter(file)
-    workdir.mkdir(parents=True, exist_ok=True)
-    logging.info("Metrics go to %s and to TensorBoard's files in %s.", file.path, workdir)
-    return MetricsWriter(file, TensorBoardFile(workdir))
+    trackers = make_trackers(log, workdir, facts or {})
+    logging.info("Metrics go to %s%s", file.path, f", and to {', '.join(trackers)}" if trackers else "")
+    return MetricsWriter(file, list(trackers.values()))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,16 @@
 """The start of a run: whether it is the workdir's run, whether its data are there, and its first state."""
 
 import contextlib
+import datetime
 import itertools
+import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
 import zlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +22,7 @@ from clu import parameter_overview
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.checkpoints.io import Checkpoints, checksums
 from cdetr_jax.classes import ClassTable, classes_in_data
+from cdetr_jax.config_check import flat_fields
 from cdetr_jax.data.findings import leaks
 from cdetr_jax.data.pipeline import sizes_hw
 from cdetr_jax.data.sources import Source, missing_files
@@ -47,11 +55,13 @@ FREE_FIELDS = (
     "data.max_bad_fraction",
     "train.num_epochs",
     "train.max_steps",
+    "train.log",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
 )
 SHOWN_CLASSES = 8
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "pillow")
 INIT_SHAPE = (64, 64)  # of a picture; the parameters do not depend on it
 
 
@@ -136,7 +146,7 @@ def check_data(
 
 def check_same_command(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError on all processes, if they have not the same config, code and number of devices."""
-    fields = {f"config.{name}": value for name, value in _flatten(config.to_dict()).items()}
+    fields = {f"config.{name}": value for name, value in flat_fields(config).items()}
     agree({**fields, **code_version(), "the number of devices": jax.local_device_count()})
 
 
@@ -172,7 +182,7 @@ def check_same_run(config: ml_collections.ConfigDict, classes: ClassTable, workd
     """Raises ValueError if the workdir's run has other classes, or other values in a field that its weights need."""
     changes = []
     with contextlib.suppress(FileNotFoundError):
-        flat_before, flat_now = _flatten(run_files.load_config(workdir).to_dict()), _flatten(config.to_dict())
+        flat_before, flat_now = flat_fields(run_files.load_config(workdir)), flat_fields(config)
         for field in sorted(flat_before):  # a field that came later has, as its default, what was done before
             free = field in FREE_FIELDS or field.split(".")[0] in FREE_GROUPS
             if not free and _plain(flat_before[field]) != _plain(flat_now.get(field)):
@@ -196,16 +206,51 @@ def _named(category: Category | None) -> str:
     return "nothing" if category is None else f"{category.name!r} (id {category.id})"
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def _plain(value: Any) -> Any:
     """Tuples as the lists that JSON makes of them."""
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def record_start(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+    """Adds a line to `workdir/environment.jsonl`: when, where, with what and from which step a run starts.
+
+    Returns: the same. Only what can be found out is in it.
+    """
+    path = as_path(workdir) / "environment.jsonl"
+    environment = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "command": shlex.join(sys.argv),
+        **code_version(),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "system": platform.platform(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_text(path, before + json.dumps(environment) + "\n")
+    return environment
+
+
+def _git_commit() -> str:
+    """Of this code, with a + if its files were changed since; empty, where it is in no clone and from none."""
+    package = Path(__file__).parents[1]
+    git = ["git", "-C", str(package)]
+    try:
+        # The package may be installed inside of another clone, which does not track it.
+        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], check=True, capture_output=True)
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "."], check=True, capture_output=True).stdout
+        return commit + "+" * bool(changes.strip())
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):  # pip install git+https://...
+        origin = json.loads(metadata.distribution("cdetr_jax").read_text("direct_url.json") or "{}")
+        return origin.get("vcs_info", {}).get("commit_id", "")
+    return ""
 
 
 def describe_parameters(workdir: str | os.PathLike, params: Any, frozen_modules: tuple[str, ...]) -> str:

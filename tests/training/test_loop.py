@@ -160,6 +160,8 @@ def test_the_metrics_file_tells_every_step(undisturbed):
         with Image.open(workdir / name) as drawing:
             drawing.load()
     assert "query_embed" in (workdir / "parameters.txt").read_text()
+    (environment,) = (workdir / "environment.jsonl").read_text().splitlines()
+    assert json.loads(environment)["step"] == 0
     assert {name: evaluated[0][name] for name in SUMMARY} == summary
     assert len(summary) == 12
 

@@ -1,7 +1,11 @@
 """What is looked at before a run starts."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,3 +84,23 @@ def test_the_parameters_are_counted_and_listed(tmp_path):
     line = start.describe_parameters(tmp_path, params, ("conv1",))
     assert line == f"0.06 M parameters, 0.03 M of them trained, listed in {tmp_path / 'parameters.txt'}"
     assert "backbone/layer1_0/kernel" in (tmp_path / "parameters.txt").read_text()
+
+
+def test_what_is_kept_of_every_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cdetr", "train", "--workdir=my run"])
+    start.record_start(tmp_path, 0)
+    found = start.record_start(tmp_path, 20)
+    lines = [json.loads(line) for line in (tmp_path / "environment.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 20]
+    assert lines[1] == found
+    assert found["command"] == "cdetr train '--workdir=my run'"
+    assert found["packages"]["jax"] == jax.__version__
+    assert found["devices"].startswith(f"{jax.device_count()} x ")
+    clone = Path(__file__).parents[2]
+    if (clone / ".git").exists():
+        head = subprocess.run(
+            ["git", "-C", clone, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+        assert found["git_commit"].removesuffix("+") == head.strip()
+    monkeypatch.setenv("PATH", "")  # no git; and the package may have been installed from a folder
+    assert start.record_start(tmp_path, 30)["git_commit"] == ""
