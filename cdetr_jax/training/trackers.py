@@ -25,7 +25,7 @@ IDS = "trackers.json"  # what a run is called elsewhere, so that it goes on ther
 
 
 class Tracker(Protocol):
-    """What takes numbers and pictures of a run; a step may come again when a run goes on, with the same numbers."""
+    """What takes numbers and pictures of a run. A step may come again when a run goes on."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Takes scalars of one step, named as train/loss."""
@@ -83,7 +83,7 @@ def _plain(value: Any) -> Any:
 
 
 class Wandb:
-    """Weights & Biases: the project is $WANDB_PROJECT. It drops steps that come again, which are the same."""
+    """Weights & Biases: the project is $WANDB_PROJECT. It drops steps that come again."""
 
     def __init__(self, workdir: Path, facts: Mapping[str, Any]):
         import wandb
@@ -143,7 +143,7 @@ class Mlflow:
         self._client.log_image(self._run_id, Image.open(io.BytesIO(content)), key=name, step=step)
 
     def hide_after(self, step: int) -> None:
-        """It shows the later one of two values of a step, which are the same."""
+        """It keeps both values of a step that comes again."""
 
     def close(self, failed: bool = False) -> None:
         self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
