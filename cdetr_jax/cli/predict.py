@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from cdetr_jax.cli.predict_video import VIDEOS, as_json_line, check_for_videos, find_in_video, parts
+from cdetr_jax.cli.predict_video import (
+    SOFTWARE,
+    VIDEOS,
+    as_json_line,
+    check_for_video,
+    find_in_video,
+    is_drawn_video,
+    is_live,
+    is_video,
+    parts,
+)
 from cdetr_jax.cli.settings import set_up_logging
 from cdetr_jax.data.sources import PICTURE_ERRORS, BadPictureError, is_address, open_picture
 from cdetr_jax.files import as_csv, as_path, growing_list, growing_text, whole_file, write_text
@@ -22,7 +32,6 @@ from cdetr_jax.files import as_csv, as_path, growing_list, growing_text, whole_f
 SHEET_PICTURES = 16
 # Where what was found goes, by its form.
 RESULTS = {"coco": "predictions.json", "jsonl": "predictions.jsonl", "csv": "predictions.csv", "yolo": "labels"}
-SOFTWARE = "cdetr predict"  # what a drawing of ours says in its "Software" field
 
 
 class PictureInput(NamedTuple):
@@ -56,7 +65,8 @@ class Names:
         return isinstance(path, Path) and path.exists() and _identity(path) in self._inputs
 
     def _is_theirs(self, path: Any) -> bool:
-        return self._suffix == ".png" and path.exists() and (self.is_input(path) or not _is_drawing(path))
+        is_ours = {".png": _is_drawing, ".mp4": is_drawn_video}.get(self._suffix)
+        return is_ours is not None and path.exists() and (self.is_input(path) or not is_ours(path))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -73,9 +83,11 @@ def run(arguments: argparse.Namespace) -> None:
     for results in (output / name for name in RESULTS.values()):
         if names.is_input(results):
             raise ValueError(f"{results} is one of the pictures, and would be written over; name another --output")
-    videos = [path for path, _ in files if isinstance(path, Path) and path.suffix.lower() in VIDEOS]
-    if videos:
-        check_for_videos(videos, output)
+    videos = [(source, name) for source, name in files if is_video(source)]
+    for source, _ in videos:
+        check_for_video(source, output)
+        if is_live(source) and (len(files) > 1 or arguments.from_eval):
+            raise ValueError(f"{source} runs until it is stopped; name it alone")
     set_up_logging()
     import jax
 
@@ -84,8 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     from cdetr_jax.weights.load import load_weights
 
     weights = load_weights(arguments.weights, arguments.checkpoint, arguments.dc5)
-    inputs = picture_inputs(weights, files, arguments.from_eval)
-    inputs = [each for each in inputs if Path(each.file_name) not in videos]
+    inputs = picture_inputs(weights, [each for each in files if each not in videos], arguments.from_eval)
     detector = Detector(weights)
     class_names = [category.name for category in detector.classes if category is not None]
     _check_classes(arguments.classes or [], class_names)
@@ -97,8 +108,9 @@ def run(arguments: argparse.Namespace) -> None:
             return found
         return [objects[np.isin(objects.names, arguments.classes)] for objects in found]
 
-    for path in videos:
-        print(find_in_video(path, find, batch, output), flush=True)
+    video_names = Names(output, [path for path, _ in files if isinstance(path, Path)], ".mp4")
+    for source, name in videos:
+        print(find_in_video(source, find, batch, video_names.path(name)), flush=True)
     if not inputs:
         return
     sheet_path = names.path("sheet")
@@ -249,20 +261,22 @@ def _identity(path: Path) -> tuple[int, int]:
 def find_pictures(arguments: list[str], output: Any) -> list[tuple[Path | str, str]]:
     """The pictures, and those inside of the folders without the output's; with a wish for the drawing's name.
 
-    A folder's own tree is kept in the drawings. A pattern stands for what it matches, and an address for itself.
+    A folder's own tree is kept in the drawings. A pattern stands for what it matches; an address and, where no file has
+    its name, a camera for itself.
     """
     extensions = (*Image.registered_extensions(), *VIDEOS)
     own = output.resolve() if isinstance(output, Path) else None
     found: list[tuple[Path | str, str]] = []
     words: list[Path | str] = []
     for word in arguments:
-        if is_address(word):
+        if is_address(word) or (is_live(word) and not Path(word).exists()):
             words.append(word)
         else:
             words += map(Path, [word] if Path(word).exists() else sorted(glob.glob(word, recursive=True)) or [word])
     for path in words:
         if isinstance(path, str):
-            found.append((path, _as_file_name(Path(path.partition("?")[0]).stem) or "picture"))
+            address = re.sub(r"\w+://(.*@)?", "", path.partition("?")[0])  # without user and password
+            found.append((path, _as_file_name(address if is_live(path) else Path(address).stem) or "picture"))
             continue
         if path.is_dir():
             if own is not None and own.exists() and own.samefile(path):
