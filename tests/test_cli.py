@@ -4,8 +4,10 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 
 import huggingface_hub
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from safetensors.numpy import load_file, save_file
 import cdetr_jax
 from cdetr_jax import boxes
 from cdetr_jax.cli.main import keep_compiled_programs, run
+from cdetr_jax.cli.predict import find_pictures
+from cdetr_jax.cli.predict_video import _newest, is_live
 from cdetr_jax.evaluation.coco_eval import SUMMARY
 from cdetr_jax.models import resnet
 
@@ -119,6 +123,8 @@ def test_help_imports_nothing_heavy():
     code = """if True:
         import sys
         from cdetr_jax.cli.main import keep_compiled_programs, run
+from cdetr_jax.cli.predict import find_pictures
+from cdetr_jax.cli.predict_video import _newest, is_live
         for arguments in ([], ["train"], ["evaluate"], ["predict"], ["convert"], ["benchmark"]):
             try:
                 run([*arguments, "--help"])
@@ -630,30 +636,120 @@ def test_predict_does_not_know_a_class(trained, pictures, capsys):
 
 
 def test_predict_in_a_video(trained, tmp_path, capsys):
+    """Of a variable frame rate, and once more turned as phones do."""
     av = pytest.importorskip("av")
-    path = tmp_path / "moving.mp4"
+    path, times_s = tmp_path / "moving.mp4", [0, 0.1, 0.2, 0.7, 1.5]
     with av.open(str(path), "w") as video:
         stream = video.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for i in range(5):
-            frame = np.full((48, 64, 3), 50 * i, np.uint8)
-            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for time_s in times_s:
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), int(100 * time_s), np.uint8), format="rgb24")
+            frame.pts = round(10 * time_s)
+            video.mux(stream.encode(frame))
         video.mux(stream.encode(None))
-    options = [f"--weights={trained}", "--threshold=0", "--batch=2"]
-    run(["predict", *options, f"--output={tmp_path}/o", str(path)])
-    assert "objects in 5 frames -> " in capsys.readouterr().out
-    lines = [json.loads(line) for line in (tmp_path / "o" / "moving.jsonl").read_text().splitlines()]
-    assert [line["frame"] for line in lines] == [0, 1, 2, 3, 4]
-    assert [line["time_s"] for line in lines] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-    assert all(line["objects"] for line in lines)
-    with av.open(str(tmp_path / "o" / "moving.mp4")) as drawn:
-        assert sum(1 for _ in drawn.decode(video=0)) == 5
-    error = fails(capsys, ["predict", *options, f"--output={tmp_path}", str(path)])
-    assert f"{path} would be written over; name another --output" in error
+    matrix = path.read_bytes().index(b"tkhd") + 4 + 40  # of the track's header
+    clockwise = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30], ">i4").tobytes()
+    turned = path.read_bytes()[:matrix] + clockwise + path.read_bytes()[matrix + 36 :]
+    (tmp_path / "turned.mp4").write_bytes(turned)
+    (tmp_path / "o").mkdir()
+    shutil.copy(path, tmp_path / "o" / "turned.mp4")  # somebody's, so not written over; but what was drawn is
+    command = ["predict", f"--weights={trained}", "--threshold=0", "--batch=2", f"--output={tmp_path}/o"]
+    for _ in range(2):
+        run([*command, str(path), f"{tmp_path}/turned.mp4"])
+        printed = capsys.readouterr().out
+        assert f"objects in 5 frames -> {tmp_path}/o/moving.mp4, {tmp_path}/o/moving.jsonl" in printed
+        assert f"objects in 5 frames -> {tmp_path}/o/turned_2.mp4, {tmp_path}/o/turned_2.jsonl" in printed
+    assert (tmp_path / "o" / "turned.mp4").read_bytes() == path.read_bytes()
+    for name, size_hw in (("moving", (48, 64)), ("turned_2", (64, 48))):
+        lines = [json.loads(line) for line in (tmp_path / "o" / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["frame"] for line in lines] == [0, 1, 2, 3, 4]
+        assert [line["time_s"] for line in lines] == pytest.approx(times_s)
+        assert all(line["objects"] for line in lines)
+        assert {(line["height"], line["width"]) for line in lines} == {size_hw}
+        assert drawn_times_s(av, tmp_path / "o" / f"{name}.mp4") == pytest.approx(times_s)
     (tmp_path / "broken.mp4").write_text("no video")
-    assert "cannot read this video" in fails(
-        capsys, ["predict", *options, f"--output={tmp_path}/o", f"{tmp_path}/broken.mp4"]
+    assert "cannot read this video" in fails(capsys, [*command, f"{tmp_path}/broken.mp4"])
+
+
+def drawn_times_s(av, path):
+    with av.open(str(path)) as drawn:
+        return [frame.time for frame in drawn.decode(video=0)]
+
+
+def test_predict_from_a_camera(trained, tmp_path, capsys, monkeypatch):
+    """FFmpeg's test picture stands for the camera, and a second recording does not replace the first."""
+    av = pytest.importorskip("av")
+    from cdetr_jax.cli import predict_video
+    from cdetr_jax.inference import Detector
+
+    calls, call, signals = [], Detector.__call__, iter((signal.SIGINT, signal.SIGTERM))
+
+    def find(self, images, *arguments):
+        calls.append(len(images))
+        if len(calls) % 3 == 0:
+            signal.raise_signal(next(signals))
+        return call(self, images, *arguments)
+
+    monkeypatch.setattr(Detector, "__call__", find)
+    monkeypatch.setattr(
+        predict_video, "_input", lambda source: {"file": "testsrc=size=64x48:rate=10", "format": "lavfi"}
     )
+    command = ["predict", f"--weights={trained}", "--threshold=0", "--batch=4", f"--output={tmp_path}"]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for name in ("camera_1", "camera_1_2"):
+        run([*command, "camera:1"])
+        lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        seen = lines[-1]["frame"] + 1
+        assert f" objects in 3 frames ({seen - 3} of {seen} skipped, to be in time) -> " in capsys.readouterr().out
+        assert [line["time_s"] for line in lines] == pytest.approx(
+            [(line["frame"] - lines[0]["frame"]) / 10 for line in lines]
+        )
+        assert [line["utc"] for line in lines] == sorted(line["utc"] for line in lines)
+        assert drawn_times_s(av, tmp_path / f"{name}.mp4") == pytest.approx([line["time_s"] for line in lines])
+    assert calls == [1] * 6
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_source_that_is_not_there_keeps_its_password(trained, tmp_path, capsys):
+    pytest.importorskip("av")
+    command = ["predict", f"--weights={trained}", f"--output={tmp_path}/o"]
+    error = fails(capsys, [*command, "rtsp://me:secret@127.0.0.1:1/x"])
+    assert "rtsp://127.0.0.1:1/x: cannot read this source (ConnectionRefusedError" in error
+    assert "secret" not in error
+    assert "camera runs until it is stopped; name it alone" in fails(capsys, [*command, "camera", "--from-eval=1"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_is_live(tmp_path, monkeypatch):
+    """A file that is called like a camera stays a file."""
+    monkeypatch.chdir(tmp_path)
+    words = ["camera", "camera:1", "rtsp://me:secret@host:554/a/b?c=d"]
+    assert find_pictures(words, tmp_path / "o") == list(zip(words, ("camera", "camera_1", "host_554_a_b"), strict=True))
+    (tmp_path / "camera").touch()
+    ((found, name),) = find_pictures(["camera"], tmp_path / "o")
+    assert (found, name) == (pathlib.Path("camera"), "camera")
+    assert not is_live(found)
+
+
+def test_the_newest_frame_is_taken():
+    """What came while one was looked at is skipped; the last one and the source's error are not."""
+    go_on, over, stop = threading.Event(), threading.Event(), threading.Event()
+
+    def source():
+        yield "first"
+        go_on.wait()
+        yield from ("skipped", "also", "last")
+        over.set()
+        raise ValueError("unplugged")
+
+    with _newest(source(), stop) as frames:
+        assert next(frames) == (0, "first")
+        go_on.set()
+        over.wait()
+        assert next(frames) == (3, "last")
+        with pytest.raises(ValueError, match="unplugged"):
+            next(frames)
+    assert stop.is_set()
 
 
 def test_predict_in_a_video_without_a_reader(trained, tmp_path, capsys, monkeypatch):

@@ -157,7 +157,7 @@ def _progress(total: int) -> Any:
     """A bar on a terminal; `write` puts a line above it, in a file or pipe the line alone."""
     from tqdm import tqdm
 
-    bar = tqdm(total=total, unit="picture", disable=None)
+    bar = tqdm(total=total, unit=" pictures", disable=None)
     bar.write = lambda text: tqdm.write(text, file=sys.stdout)
     return bar
 

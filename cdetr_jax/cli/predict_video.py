@@ -94,7 +94,7 @@ def find_in_video(source: Path | str, find: Callable[[list[np.ndarray]], list[An
             with (
                 _newest(decoded, stop) if live else contextlib.nullcontext(enumerate(decoded)) as numbered,
                 _growing_video(path, rate, "" if live else SOFTWARE) as add_picture,
-                tqdm(total=stream.frames or None, unit="frame", disable=None) as progress,
+                tqdm(total=stream.frames or None, unit=" frames", disable=None) as progress,
             ):
                 for part in parts(numbered, 1 if live else batch):
                     now = {"utc": datetime.datetime.now(datetime.UTC).isoformat()} if live else {}
@@ -197,7 +197,7 @@ def _newest(items: Iterable[Item], stop: threading.Event) -> Iterator[Iterator[t
 def _growing_video(path: Path, rate: fractions.Fraction, comment: str) -> Iterator[Callable[[np.ndarray, float], None]]:
     """Gives a function that adds a picture [H, W, 3] and the second from which on it is shown.
 
-    A process that is killed leaves what was added up to a second before.
+    A process that is killed leaves all but the last seconds.
     """
     import av
 
