@@ -14,6 +14,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -726,6 +727,21 @@ def test_a_picture_of_any_size(detector, size_hw):
     assert (found.boxes_xyxy_px >= 0).all()
     assert (found.boxes_xyxy_px <= [*size_hw[::-1], *size_hw[::-1]]).all()
     assert found.draw().width >= size_hw[1]
+
+
+def test_warmed_up_it_compiles_nothing_for_twenty_sizes(detector):
+    """Neither the network for another shape, nor anything else for a size."""
+    detector.warm_up(batch_size=2)
+    pictures = [picture(0, 20 + 7 * i, 150 - 5 * i) for i in range(20)]
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: events.append(name))
+    try:
+        detector([*pictures, pictures[0]], threshold=0.0, batch_size=2)
+        for one in pictures:
+            detector(one, threshold=0.0)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in events if "compile" in name or "trace" in name]
 
 
 @pytest.mark.parametrize(
