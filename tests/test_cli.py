@@ -123,8 +123,6 @@ def test_help_imports_nothing_heavy():
     code = """if True:
         import sys
         from cdetr_jax.cli.main import keep_compiled_programs, run
-from cdetr_jax.cli.predict import find_pictures
-from cdetr_jax.cli.predict_video import _newest, is_live
         for arguments in ([], ["train"], ["evaluate"], ["predict"], ["convert"], ["benchmark"]):
             try:
                 run([*arguments, "--help"])
@@ -591,18 +589,26 @@ def test_ids_of_pictures_and_of_the_evaluation_set_differ(trained, pictures, cap
 def test_predict_in_every_form(trained, pictures, capsys, monkeypatch):
     """Pictures by a pattern and an address, in batches; only some classes, as lines, rows, texts and crops."""
     import http.server
-    import threading
 
     monkeypatch.chdir(pictures)
     handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}/"
-        files = [f"{pictures}/???/same.png", f"{address}gray.png?size=1", f"{address}none.png", f"{pictures}/gray.png"]
+        files = [
+            f"{pictures}/???/same.png",
+            f"{address}gray.png?size=1",
+            f"{address}none.png",
+            address,
+            f"{pictures}/gray.png",
+        ]
         options = ["--threshold=0", "--classes=ring,disc", "--save=jsonl,csv,yolo", "--crops", "--batch=3"]
-        error = fails(capsys, ["predict", f"--weights={trained}", f"--output={pictures}/o", *options, *files])
+        with pytest.raises(SystemExit):
+            run(["predict", f"--weights={trained}", f"--output={pictures}/o", *options, *files])
         server.shutdown()
-    assert "1 of 5 pictures could not be read, see above" in error
+    printed = capsys.readouterr()
+    assert "2 of 6 pictures could not be read, see above" in printed.err
+    assert f"{address}: cannot read this picture (ValueError: this is the address of a web page" in printed.out
     lines = [json.loads(line) for line in (pictures / "o" / "predictions.jsonl").read_text().splitlines()]
     assert [(line["height"], line["width"]) for line in lines] == [(32, 40), (32, 40), (30, 44), (30, 44)]
     objects = [(line["file_name"], found) for line in lines for found in line["objects"]]
@@ -633,6 +639,8 @@ def test_predict_in_every_form(trained, pictures, capsys, monkeypatch):
 def test_predict_does_not_know_a_class(trained, pictures, capsys):
     command = ["predict", f"--weights={trained}", f"--output={pictures}/o", f"{pictures}/gray.png"]
     assert "does not know 'rign'; did you mean ring?" in fails(capsys, [*command, "--classes=disc,rign"])
+    known = "'zebra'; it knows disc, square, triangle, cross, ring\n"
+    assert known in fails(capsys, [*command, "--classes=zebra"])
 
 
 def test_predict_in_a_video(trained, tmp_path, capsys):

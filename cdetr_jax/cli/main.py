@@ -213,24 +213,31 @@ def parser() -> argparse.ArgumentParser:
 
     predict = add(
         "predict",
-        "find the objects in pictures, draw them and write predictions.json",
-        "DIR gets one drawing a picture, sheet.png with the first 16 of them, and\n"
+        "find the objects in pictures, videos or what a camera shows, and draw them",
+        "For pictures DIR gets one drawing each, sheet.png with the first 16, and\n"
         "predictions.json in COCO's results format with each picture's file name and\n"
         "each object's class name. Drawings are called as their pictures, with a number\n"
         "where two would meet, or where DIR holds another file of that name: neither a\n"
-        "picture nor any other file is written over, but the drawings and\n"
-        "predictions.json of an earlier call are. A folder is searched with the folders\n"
-        "in it, but for DIR. Pictures may have any size; boxes are clipped to them.\n"
-        "image_id is the number of the picture, from 1. Pictures of --from-eval keep\n"
-        "their ids in the evaluation set, and the others are then numbered from above\n"
-        "its largest id.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
+        "picture nor any other file is written over, but the drawings and results of an\n"
+        "earlier call are. A folder is searched with the folders in it, but for DIR.\n"
+        "Pictures may have any size; boxes are clipped to them. image_id is the number\n"
+        "of the picture, from 1. Pictures of --from-eval keep their ids in the\n"
+        "evaluation set, and the others are then numbered from above its largest id.\n"
+        "The exit status is 1 where a picture cannot be read, after all others.\n\n"
+        "For a video DIR gets NAME.mp4, drawn, and NAME.jsonl, a line a frame with its\n"
+        "objects and time_s, the seconds since the first. It needs PyAV: pip install\n"
+        "'cdetr_jax[video]'. A camera (camera, or camera:1 for the next one) or stream\n"
+        "runs until it ends or Ctrl-C comes, which is its good end: exit status 0. Where\n"
+        "frames come faster than they are looked at, some are skipped; utc in the lines\n"
+        "says when a frame was seen. A new recording gets a new name.\n\n" + WEIGHTS_HELP + "\n\nexamples:\n"
         "  cdetr predict --weights=runs/demo street.jpg holiday/ --output=found\n"
+        "  cdetr predict --weights=runs/demo camera --output=found\n"
         "  cdetr predict --weights=hf://microsoft/conditional-detr-resnet-50 \\\n"
         "      street.jpg --output=found",
     )
     add_weights(predict, "--weights", "--workdir", required=True)
     predict.add_argument(
-        "--output", required=True, type=name, metavar="DIR", help="where the drawings go; made if missing"
+        "--output", required=True, type=name, metavar="DIR", help="where all of it goes; made if missing"
     )
     predict.add_argument(
         "--threshold", type=score, default=0.5, metavar="SCORE", help="lowest score to keep, 0 to 1 (default: 0.5)"
@@ -244,19 +251,20 @@ def parser() -> argparse.ArgumentParser:
         type=some_of("coco", "jsonl", "csv", "yolo"),
         default=["coco"],
         metavar="FORM,...",
-        help="how what was found is written: coco (predictions.json, the default), jsonl (a line a picture), csv (a "
-        "row an object), yolo (a text a picture, in labels/)",
+        help="how what was found in pictures is written: coco (predictions.json, the default), jsonl (a line a "
+        "picture), csv (a row an object), yolo (a text a picture, in labels/)",
     )
-    predict.add_argument("--crops", action="store_true", help="also write each object as a picture, to crops/")
+    predict.add_argument("--crops", action="store_true", help="also write each object of the pictures, to crops/")
     predict.add_argument(
-        "--batch", type=whole(1), metavar="N", help="pictures that run together (default: 8, on a CPU 1)"
+        "--batch", type=whole(1), metavar="N", help="pictures or frames that run together (default: 8, on a CPU 1)"
     )
     predict.add_argument(
         "pictures",
         nargs="*",
         type=name,
         metavar="PICTURE",
-        help="pictures, videos, folders of them, patterns such as 'a/*.jpg', or addresses (https://...)",
+        help="pictures, videos, folders of them, patterns such as 'a/*.jpg', addresses (https://...); or one camera or "
+        "stream: camera, rtsp://...",
     )
 
     attention = add(

@@ -167,8 +167,9 @@ def _check_classes(wanted: list[str], known: list[str]) -> None:
     for name in wanted:
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {similar[0]}?" if similar else f"; it knows {', '.join(known[:8])}..."
-            raise ValueError(f"--classes: the detector does not know {name!r}{meant}")
+            more = "" if len(known) <= 100 else f" and {len(known) - 100} more"
+            meant = f"did you mean {similar[0]}?" if similar else f"it knows {', '.join(known[:100])}{more}"
+            raise ValueError(f"--classes: the detector does not know {name!r}; {meant}")
 
 
 @contextlib.contextmanager

@@ -113,11 +113,13 @@ def is_address(path: str | Path) -> bool:
 
 
 def _download(address: str) -> IO[bytes]:
-    """Raises OSError."""
+    """Raises: OSError; ValueError, if it is a web page."""
     import urllib.request
 
     request = urllib.request.Request(address, headers={"User-Agent": "cdetr_jax"})  # some refuse Python's own
     with urllib.request.urlopen(request, timeout=30) as answer:
+        if "text/html" in answer.headers.get("Content-Type", ""):
+            raise ValueError("this is the address of a web page, expected that of a picture")
         return io.BytesIO(answer.read())
 
 
