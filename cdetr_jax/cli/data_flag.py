@@ -24,7 +24,6 @@ from cdetr_jax.data.transforms import count_training_objects
 from cdetr_jax.files import as_path
 from cdetr_jax.training.memory import GIB, parts_that_fit
 from cdetr_jax.training.parallel import Trainer
-from cdetr_jax.training.processes import from_all
 from cdetr_jax.training.step import new_rng
 from cdetr_jax.weights import torch_files
 from cdetr_jax.weights.load import Weights
@@ -235,9 +234,9 @@ def choices(
     yield Choice("data.num_eval_shapes", min(shapes, data.num_eval_shapes), "the same")
 
 
-def _memory_of_a_device() -> int | None:
-    """Bytes that a program may use, the least of all devices; None on a CPU, which does not say."""
-    return min(from_all(min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())))
+def _memory_of_a_device() -> int:
+    """Bytes that a program may use, the least of this process's devices; 0 on a CPU, which does not say."""
+    return min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
 
 
 def _parts(config: ml_collections.ConfigDict, source: Source, available: int) -> Choice:

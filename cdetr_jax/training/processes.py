@@ -58,7 +58,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     """
     if not are_several():
         return
-    of_all, differing = from_all([_name(), facts]), []
+    of_all, differing = _from_all([_name(), facts]), []
     for name in dict.fromkeys(itertools.chain.from_iterable(facts for _, facts in of_all)):
         values = [(_short(facts[name]) if name in facts else "nothing", process) for process, facts in of_all]
         other = next((value for value in values if value[0] != values[0][0]), None)
@@ -74,17 +74,7 @@ def agree(facts: Mapping[str, Any]) -> None:
 
 def on_all(fact: bool) -> bool:
     """Whether a fact holds on all processes, which all ask."""
-    return all(from_all(fact))
-
-
-def from_all(content: Any) -> list[Any]:
-    """What all processes call this with, in their order, for all of them; JSON."""
-    if not are_several():
-        return [content]
-    key, state = f"cdetr/facts/{next(_rounds)}", distributed.global_state
-    _set(f"{key}/{state.process_id}", json.dumps(content))
-    get = state.client.blocking_key_value_get
-    return [json.loads(get(f"{key}/{i}", _WAIT_MS)) for i in range(state.num_processes)]
+    return all(_from_all(fact)) if are_several() else fact
 
 
 def code_version() -> dict[str, str]:
@@ -202,6 +192,14 @@ def leave(status: int, cause: str, error: BaseException | None = None, *, with_t
     if process == 0:
         time.sleep(0.5)  # in which they end
     os._exit(status)
+
+
+def _from_all(content: Any) -> list[Any]:
+    """What all processes call this with, in their order, for all of them; JSON."""
+    key, state = f"cdetr/facts/{next(_rounds)}", distributed.global_state
+    _set(f"{key}/{state.process_id}", json.dumps(content))
+    get = state.client.blocking_key_value_get
+    return [json.loads(get(f"{key}/{i}", _WAIT_MS)) for i in range(state.num_processes)]
 
 
 def _comes_from_others(error: BaseException | None) -> bool:
