@@ -224,7 +224,7 @@ def record_start(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
         **code_version(),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "system": platform.platform(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
@@ -233,6 +233,12 @@ def record_start(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     write_text(path, before + json.dumps(environment) + "\n")
     return environment
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(metadata.PackageNotFoundError):  # such as pillow, where pillow-simd takes its place
+        return metadata.version(package)
+    return ""
 
 
 def _git_commit() -> str:

@@ -115,6 +115,9 @@ class Mlflow:
     """MLflow: where $MLFLOW_TRACKING_URI says, in the experiment $MLFLOW_EXPERIMENT_NAME."""
 
     def __init__(self, workdir: Path, facts: Mapping[str, Any]):
+        # Training waits for it: its own 7 tries of 120 s each would hold up a run for many minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         import mlflow
         from mlflow.entities import Metric, Param
 
@@ -150,22 +153,23 @@ class Mlflow:
 
 
 class _Elsewhere:
-    """A tracker whose failures are told once."""
+    """A tracker that is left out after its first failure: one that is away would hold up every step, and the end."""
 
     def __init__(self, name: str, tracker: Tracker):
         self._name, self._tracker, self._has_failed = name, tracker, False
 
     def __getattr__(self, method: str) -> Any:
         def call(*arguments: Any) -> None:
+            if self._has_failed:
+                return
             try:
                 getattr(self._tracker, method)(*arguments)
             except Exception as error:
-                if not self._has_failed:
-                    logging.warning(
-                        "%s failed: %s: %s; the run goes on, and metrics.jsonl has what is missing there",
-                        self._name, type(error).__name__, error,
-                    )  # fmt: skip
                 self._has_failed = True
+                logging.warning(
+                    "%s failed: %s: %s; the run goes on without it, and metrics.jsonl has what is missing there",
+                    self._name, type(error).__name__, error,
+                )  # fmt: skip
 
         return call
 
@@ -188,7 +192,7 @@ def make_trackers(log: str, workdir: str | os.PathLike, facts: Mapping[str, Any]
     Args:
       log: as `config.train.log`.
       facts: what is to be kept with the run, by name: its config and environment.
-    Raises: ValueError, if one cannot be reached or does not let us in.
+    Raises: ValueError, if one cannot be reached or does not let us in; a run that goes on does so without it.
     """
     workdir = as_path(workdir)
     trackers: dict[str, Tracker] = {}
@@ -198,6 +202,9 @@ def make_trackers(log: str, workdir: str | os.PathLike, facts: Mapping[str, Any]
                 trackers[name] = _Elsewhere(name, SERVICES[name](workdir, facts))
             except Exception as error:
                 message = str(error) or type(error).__name__
+                if (workdir / "metrics.jsonl").exists():  # such as after a preemption, with nobody there to mend it
+                    logging.warning("--log=%s does not work: %s; the run goes on without it", name, message)
+                    continue
                 raise ValueError(f"--log={name} does not work: {message}; mend that, or train without it") from error
         elif name in FILES and is_remote(workdir):
             logging.info("no %s: its files need a local workdir", name)
