@@ -75,6 +75,8 @@ def _bad_boxes(source: PictureFolder) -> Iterator[Finding]:
             outside = max(-left, -top, left + width - size[0], top + height - size[1])
             if min(width, height) <= 0:
                 yield Finding("an empty box", f"{place} ({shown})")
+            elif max(width, height) < 1:
+                yield Finding("a box smaller than a pixel: fractions where pixels belong?", f"{place} ({shown})")
             elif not is_inside[k] or outside > BEYOND_PX:
                 yield Finding("a box outside of its picture", f"{place} ({shown})")
             key = (int(label), *np.round([left, top, width, height], 2).tolist())
@@ -111,11 +113,7 @@ def _grouped(files: Sequence[Where], key: Callable[[Path], Any]) -> list[list[Wh
     groups = defaultdict(list)
     for file, value in zip(files, in_parallel(lambda file: key(file.path), files, "contents"), strict=True):
         groups[value].append(file)
-    return [
-        group
-        for group in groups.values()
-        if len({file.path for file in group}) > 1 or len({f.split for f in group}) > 1
-    ]
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _size(path: Path) -> int:

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cdetr_jax.data.sources import SPLITS, CocoFolder, PictureFolder, split_name
-from cdetr_jax.data.voc import read_voc
+from cdetr_jax.data.sources import SPLITS, CocoFolder, PictureFolder, files_in, split_name
+from cdetr_jax.data.voc import read_convention, read_voc
 from cdetr_jax.data.yolo import open_yolo
 from cdetr_jax.files import write_json
 
@@ -67,9 +67,16 @@ def find_layout(folder: str | os.PathLike) -> Layout:
     for find in (_find_yolo, _find_coco, _find_voc):
         if found := find(folder):
             return found
-    inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX"))]
     if len(inner) == 1:  # as archives are unpacked
         return find_layout(inner[0])
+    if labels := [
+        path for path in files_in(folder, (".txt",), deep=True) if "labels" in path.parts[len(folder.parts) : -1]
+    ]:
+        raise ValueError(
+            f"{folder}: it has YOLO labels ({labels[0].relative_to(folder)}) but no data.yaml; write one with names: "
+            "[the classes, by index], train: images/train, val: images/val"
+        )
     names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
     raise ValueError(f"{folder}: no data set was recognised in it; it holds {names}; expected {EXPECTED}")
 
@@ -176,7 +183,7 @@ def _pictures_of(file: Path) -> tuple[Path, Path]:
     with file.open("rb") as stream:
         first = re.search(rb'"file_name"\s*:\s*"((?:[^"\\]|\\.)+)"', stream.read(2**20) or b"")
         first = first or re.search(rb'"file_name"\s*:\s*"((?:[^"\\]|\\.)+)"', file.read_bytes())
-    name = json.loads(b'"' + first[1] + b'"') if first else ""
+    name = json.loads(b'"' + first[1] + b'"').replace("\\", "/") if first else ""
     roots = [file.parent.parent, file.parent] if file.parent.name == "annotations" else [file.parent]
     split = file.stem.removeprefix("instances_")
     places = [root / place for root in roots for place in (split, f"images/{split}", f"{split}/images", "images", ".")]
@@ -195,15 +202,7 @@ def _find_yolo(folder: Path) -> Layout | None:
     files = files or [file for ext in ("yaml", "yml") for file in sorted(folder.glob(f"*.{ext}")) if _has_names(file)]
     if len(files) > 1:
         raise ValueError(f"{folder}: which of {', '.join(file.name for file in files)}? name it: --data={files[0]}")
-    if files:
-        return _yolo(files[0])
-    labels = next(iter(sorted(folder.glob("**/labels/**/*.txt"))), None)
-    if labels and labels.name != "classes.txt":
-        raise ValueError(
-            f"{folder}: it has YOLO labels ({labels.relative_to(folder)}) but no data.yaml; write one with names: [the "
-            "classes, by index], train: images/train, val: images/val"
-        )
-    return None
+    return _yolo(files[0]) if files else None
 
 
 def _has_names(file: Path) -> bool:
@@ -217,9 +216,11 @@ def _yolo(file: Path) -> Layout:
 def _find_voc(folder: Path) -> Layout | None:
     """The devkit's folders with lists of the splits; Roboflow's with XML beside the pictures; or one folder."""
     annotations = next(
-        (path for path in (folder / "Annotations", folder / "annotations") if any(path.glob("*.xml"))), None
+        (path for path in (folder / "Annotations", folder / "annotations") if files_in(path, (".xml",), deep=True)),
+        None,
     )
     if annotations:
+        convention = functools.cache(functools.partial(read_convention, [annotations]))
         names = ("JPEGImages", "images", "Images", "imgs", ".")
         pictures = next(folder / name for name in names if (folder / name).is_dir())
         lists = {file.stem: file for file in (folder / "ImageSets" / "Main").glob("*.txt")}
@@ -229,12 +230,17 @@ def _find_voc(folder: Path) -> Layout | None:
         }
         found["train"] = found["train"] or lists.get("trainval")
         splits = {
-            split: functools.partial(read_voc, annotations, pictures, file) for split, file in found.items() if file
+            split: functools.partial(read_voc, annotations, pictures, convention, file)
+            for split, file in found.items()
+            if file
         }
-        splits = splits or {"all": functools.partial(read_voc, annotations, pictures)}
+        splits = splits or {"all": functools.partial(read_voc, annotations, pictures, convention)}
         return Layout(f"{folder} is a Pascal VOC folder", splits)
-    places = [path for path in (folder, *sorted(folder.iterdir())) if path.is_dir() and any(path.glob("*.xml"))]
+    places = [path for path in (folder, *sorted(folder.iterdir())) if path.is_dir() and files_in(path, (".xml",))]
+    places = places[:1] if folder in places else places
+    convention = functools.cache(functools.partial(read_convention, places))
     splits = {
-        "all" if path == folder else split_name(path.name): functools.partial(read_voc, path, path) for path in places
+        "all" if path == folder else split_name(path.name): functools.partial(read_voc, path, path, convention)
+        for path in places
     }
     return Layout(f"{folder} holds Pascal VOC's XML beside the pictures", _in_order(splits)) if splits else None

@@ -283,18 +283,44 @@ def sizes_in_headers(
     return cached_table(cache, fingerprint_of(files), what, make)["sizes_hw"].tolist()
 
 
+def files_in(folder: Path, suffixes: Container[str], *, deep: bool = False) -> list[Path]:
+    """The files of a folder with one of the suffixes, sorted; with `deep` also of the folders and links in it."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        found += [Path(place, n) for n in names if n[0] != "." and os.path.splitext(n)[1].lower() in suffixes]
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if deep and os.path.realpath(os.path.join(place, name)) not in seen]
+    return sorted(found)
+
+
 def pictures_in(folder: Path, *, deep: bool = False) -> list[Path]:
-    """The pictures of a folder, and with `deep` of the folders in it, sorted."""
-    return sorted(
-        path
-        for path in folder.glob("**/*" if deep else "*")
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.name[0] != "."
-    )
+    """The pictures of a folder; see `files_in`."""
+    return files_in(folder, PICTURE_SUFFIXES, deep=deep)
+
+
+def one_of_each_name(pictures: Sequence[Path]) -> dict[Path, Path]:
+    """The pictures by their path without suffix. Raises: ValueError, if two differ in nothing else."""
+    found: dict[Path, Path] = {}
+    for path in pictures:
+        if found.setdefault(path.with_suffix(""), path) != path:
+            raise ValueError(
+                f"{path}: of which of {found[path.with_suffix('')].name} and {path.name} are the boxes of "
+                f"{path.stem}? delete or rename one of the two pictures"
+            )
+    return found
+
+
+def read_text(file: Path) -> str:
+    """A text in UTF-8, without the mark that some programs put before it. Raises: ValueError, naming it; OSError."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a text in UTF-8 ({error}); save it as such") from error
 
 
 def split_name(text: str) -> str:
     """`train`, `validation` or `test` of any of its spellings; another text as it is."""
-    return next((name for name, spellings in SPLITS.items() if re.fullmatch(spellings, text)), text)
+    return next((name for name, spellings in SPLITS.items() if re.fullmatch(spellings, text.lower())), text)
 
 
 def plain_record(
@@ -344,7 +370,7 @@ class CocoFolder(PictureFolder):
     @staticmethod
     def _read_records(folder: Path, images: "_Table", content: dict, category_ids: set[int]) -> list[Record]:
         image_ids = images.unique_ids()
-        names = images.column("file_name", "a text", lambda v: _text(v) or None)
+        names = images.column("file_name", "a text", lambda v: (_text(v) or "").replace("\\", "/") or None)
         sizes = [
             images.column(field, "a whole number of pixels", _side, required=False) for field in ("height", "width")
         ]

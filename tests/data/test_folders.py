@@ -76,6 +76,44 @@ def test_yolo_reads_polygons_lists_several_folders_and_a_root(yolo):
     assert read_split(away, "train").load_image(0).shape == (30, 40, 3)
 
 
+def test_yolo_as_other_programs_write_it(yolo, tmp_path):
+    expected = [record.boxes_xywh_px.tolist() for record in read_split(yolo, "train").records]
+    place = tmp_path / "images" / "mine"  # a folder of this name outside of the set means nothing
+    for split in ("train", "valid"):
+        for path in (yolo / split).glob("*/*"):
+            text = path.suffix == ".txt"
+            to = place / split / path.name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") if text else path.read_bytes())
+    (place / "train" / "._a.txt").write_bytes(b"\0")  # macOS's
+    (place / "train" / "README.txt").write_text("what this is")
+    (place / "list.txt").write_bytes(b"\xef\xbb\xbf.\\train\\a.png\r\ntrain\\b.png\r\ntrain\\empty.png\r\n")
+    (place / "data.yaml").write_bytes(b"\xef\xbb\xbftrain: list.txt\r\nnc: '2'\r\nnames: {'0': yes, '1': no}\r\n")
+    (tmp_path / "images" / "__MACOSX").mkdir()
+    layout = find_layout(tmp_path / "images")
+    assert layout.describe().endswith("train; 20% of its pictures are held out for evaluation")
+    source = layout.splits["train"]()
+    assert [record.boxes_xywh_px.tolist() for record in source.records] == expected
+    assert [category.name for category in source.categories] == ["yes", "no"]
+    (place / "train" / "z.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(ValueError, match=r"z.txt: a label file without a picture"):
+        layout.splits["train"]()
+    (place / "data.yaml").write_bytes("names: [k\u00e4fer]".encode("latin1"))
+    with pytest.raises(ValueError, match=r"data.yaml: not a text in UTF-8"):
+        find_layout(place)
+
+
+def test_roboflows_dots_mean_the_folder_itself_and_links_to_folders_are_followed(yolo):
+    exports.yolo(yolo / "mine")
+    (yolo / "store").mkdir()
+    Image.new("RGB", (40, 30)).save(yolo / "store" / "z.png")
+    (yolo / "mine" / "train" / "images" / "more").symlink_to(yolo / "store")
+    (yolo / "mine" / "train" / "images" / "more" / "round").symlink_to(yolo / "mine")
+    source = read_split(yolo / "mine", "train")
+    assert (source.folder, len(source)) == (yolo / "mine", 5)  # with what the last link leads to, each once
+    assert "train/images/more/z.png" in [record.file_name for record in source.records]
+
+
 def test_yolo_boxes_are_of_the_picture_turned_by_its_exif_tag(yolo):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down: the size alone does not show it
@@ -93,17 +131,20 @@ def test_yolo_boxes_are_of_the_picture_turned_by_its_exif_tag(yolo):
         ("train/labels/a.txt", "0 nan 0.5 0.1 0.1", r"a.txt:1: .*expected 0 to 1"),
         ("train/labels/a.txt", "0 0.5 0.5 0.1", r"a.txt:1: .*expected the class and 4 numbers"),
         ("train/labels/a.txt", "kite 0.5 0.5 0.1 0.1", r"a.txt:1: .*expected numbers"),
-        ("train/labels/z.txt", "0 0.5 0.5 0.1 0.1", r"z.txt: a label file without a picture in .*train/images"),
+        ("train/labels/z.txt", "0 0.5 0.5 0.1 0.1", r"z.txt: a label file without a picture"),
         ("data.yaml", "train: train/images\nval: valid/images\n", r"data.yaml: key 'names' is None, expected"),
         ("data.yaml", "names: [a]\nval: valid/images\n", r"data.yaml: key 'train' is missing"),
-        ("data.yaml", "names: [a, b]\ntrain: train/images\n", r"data.yaml: key 'val' is missing"),
         ("data.yaml", "names: [a]\n\ntrain: none/images\nval: b", r"data.yaml:3: train is 'none/images': no "),
         ("data.yaml", "names: [a, b]\nnc: 3\ntrain: a\nval: b", r"data.yaml:2: nc is 3, but names has 2 classes"),
         ("data.yaml", "names: [a\ntrain: a", r"data.yaml:2: not valid YAML"),
         ("list.txt", "./train/images/a.png\nnone.png\n", r"list.txt:2: no such picture"),
+        ("train/labels/deep/z.txt", "0 0.5 0.5 0.1 0.1", r"deep/z.txt: a label file without a picture"),
+        ("train/images/a.bmp", "", r"images/a.png: of which of a.bmp and a.png are the boxes of a\?"),
+        ("data.yaml", "names: [[a], b]\ntrain: train/images\nval: b", r"data.yaml:1: names is .*expected the classes"),
     ],
 )  # fmt: skip
 def test_broken_yolo_is_named_by_file_and_line(file, line, expected, yolo):
+    (yolo / file).parent.mkdir(exist_ok=True)
     (yolo / file).write_text(line)
     if file == "list.txt":
         (yolo / "data.yaml").write_text("names: [a, b]\ntrain: list.txt\nval: valid/images\n")
@@ -130,6 +171,8 @@ def test_yolo_pictures_without_any_label_are_refused(yolo, caplog):
         (lambda text: text[: text.index("</bndbox>")], r"a.xml:7: not valid XML .*is the file complete"),
         (lambda text: text.replace("<name>kite</name>", ""), r"a.xml:9: this object has no name"),
         (lambda text: text.replace("<xmin>6</xmin>", "<xmin>six</xmin>"), r"a.xml:9: this object has no bndbox"),
+        (lambda text: re.sub("<([xy]m..)>[0-9]+", r"<\1>0.5", text), r"a.xml:5: the corners .* look like fractions"),
+        (lambda text: "<html></html>", r"a.xml: its element is <html>, expected <annotation>"),
     ],
 )
 def test_broken_xml_is_named_by_file_and_line(edit, expected, tmp_path):
@@ -152,6 +195,45 @@ def test_voc_names_what_is_missing_and_reads_sizes_where_they_are_not_told(tmp_p
     (tmp_path / "Annotations" / "b.xml").unlink()
     with pytest.raises(FileNotFoundError, match=r"train.txt:2: no such file, .*b.xml"):
         read_split(tmp_path, "train")
+
+
+def test_voc_as_other_programs_write_it(tmp_path):
+    exports.voc_roboflow(tmp_path / "flat")  # whose valid alone does not show what corners mean
+    valid = tmp_path / "flat" / "valid" / "c.xml"
+    valid.write_text(re.sub("<xmax>51</xmax>", "<xmax>50</xmax>", valid.read_text()))
+    assert read_split(tmp_path / "flat", "validation").records[0].boxes_xywh_px.tolist() == [[11, 0, 38, 13]]
+    exports.voc(tmp_path / "voc")
+    pictures, annotations = tmp_path / "voc" / "JPEGImages", tmp_path / "voc" / "Annotations"
+    (pictures / "deep").mkdir()
+    (annotations / "deep").mkdir()
+    (pictures / "a.png").rename(pictures / "deep" / "a b.png")
+    text = (annotations / "a.xml").read_text()
+    (annotations / "deep" / "a b.XML").write_bytes(f'<?xml version="1.0" encoding="UTF-16"?>{text}'.encode("utf-16"))
+    (annotations / "a.xml").unlink()
+    (tmp_path / "voc/ImageSets/Main/train.txt").write_bytes(b"\xef\xbb\xbfdeep/a b\r\nb.png\r\nempty -1\r\n")
+    source = read_split(tmp_path / "voc", "train")
+    assert [record.file_name for record in source.records] == ["deep/a b.png", "b.png", "empty.png"]
+    assert source.records[0].boxes_xywh_px.tolist() == [[0, 0, 10, 20], [5, 7, 35, 23]]
+
+
+def test_coco_as_other_programs_write_it(tmp_path):
+    exports.roboflow_coco(tmp_path)
+    for split in ("train", "valid"):
+        (tmp_path / split).rename(tmp_path / split.title())
+    file = tmp_path / "Train" / "_annotations.coco.json"
+    (tmp_path / "Train" / "deep").mkdir()
+    (tmp_path / "Train" / "a.png").rename(tmp_path / "Train" / "deep" / "a.png")
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = "deep\\a.png"
+    content["images"].append(content["images"][0] | {"id": 99})
+    content["annotations"][0]["bbox"] = [0.1, 0.2, 0.3, 0.4]
+    file.write_text(json.dumps(content))
+    source = read_split(tmp_path, "train")
+    assert source.load_image(0).shape == (30, 40, 3)
+    assert [(what, place.rpartition("/")[2].partition(" (")[0]) for what, place in look_through({"test": source})] == [
+        ("a box smaller than a pixel: fractions where pixels belong?", "a.png"),
+        ("the same picture twice in test", "a.png"),
+    ]
 
 
 def test_coco_folders_with_unclear_files_are_refused(tmp_path):
