@@ -77,6 +77,9 @@ def test_crowded_and_small_pictures_and_several_devices():
     assert found["data.short_sides_px"] == (80, 88, 96)
     detector = chosen(Pictures(1000, (96, 120), objects=134))  # whose queries and sizes are those of its weights
     assert not {"model.num_queries", "data.eval_short_side_px"} & detector.keys()
+    for recipe, init in (("coco_folder_small", ""), ("coco_folder", data_flag.STARTS[1][1])):
+        tiny = chosen(Pictures(1000, (8, 9)), recipe, init=init)
+        assert (tiny["data.eval_short_side_px"], len(tiny["data.crop_sides_px"])) == (32, 2)
     few = chosen(Pictures(1000, (96, 120), objects=3), "coco_folder_small")
     assert not {"model.num_queries", "eval.top_k", "train.batch_size"} & few.keys()
 

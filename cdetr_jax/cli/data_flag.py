@@ -221,7 +221,7 @@ def choices(
         )
 
     short = float(np.median([min(record.height, record.width) for record in source.records]))
-    factor = short / data.eval_short_side_px
+    factor = max(short, 32) / data.eval_short_side_px  # the backbone's stride
     if factor < 1 and not _is_detector(config.init):
         reason = f"half of the pictures have a short side of at most {short:.0f} pixels"
         names = ("short_sides_px", "long_side_max_px", "crop_short_sides_px", "crop_sides_px", "eval_short_side_px")
@@ -278,7 +278,7 @@ def _scaled(sides_px: int | Sequence[int], factor: float) -> int | tuple[int, ..
     """Sides in pixels, smaller, whole multiples of 8 from 32 on."""
     if isinstance(sides_px, int):
         return max(round(sides_px * factor / 8) * 8, 32)
-    return tuple(sorted({max(round(side * factor / 8) * 8, 32) for side in sides_px}))
+    return tuple(max(round(side * factor / 8) * 8, 32) for side in sides_px)
 
 
 def changed(config: ml_collections.ConfigDict, fields: dict[str, Any]) -> ml_collections.ConfigDict:
