@@ -115,6 +115,12 @@ def test_train_with_one_flag(folder, monkeypatch):
     run_files.save_config(workdir, config)
     run(["train", "--data=mine", "--config.eval.batch_size=1"])
     assert (calls[1][0].train.num_epochs, calls[1][0].optimizer.drop_epoch, calls[1][0].eval.batch_size) == (30, 7, 1)
+    exports.yolo(folder.parent / "other")
+    with pytest.raises(
+        ValueError, match="the run in runs/mine is trained on mine, not on other; use another --workdir"
+    ):
+        config_of(None, "other", [], workdir)
+    assert config_of(None, str(folder), [], workdir).data.folder == str(folder)  # another way to the same
     # A recipe stays as it is.
     run(["train", "--data=mine", "--config=conditional_detr_r50:12", "--workdir=w"])
     assert (

@@ -73,6 +73,11 @@ def config_of(
     else:
         config = read_config(recipe or STARTS[0][0], [])
     place = place_of(data, set_by_hand.get("data.tfds_data_dir", config.data.tfds_data_dir), workdir)
+    if is_begun and (before := _other_data(config.data, place)):
+        raise ValueError(
+            f"the run in {workdir} is trained on {before}, not on {data}; use another --workdir"
+            + f", or, for a copy of the folder, --data={before} --config.data.folder={data}" * (TFDS not in before)
+        )
     if recipe is not None or is_begun:
         return change_config(changed(config, place), fields)
     if init := set_by_hand.get("init"):
@@ -94,6 +99,14 @@ def config_of(
     for field, choice in zip(shown, chosen, strict=True):
         logging.info("  %-*s  %s", max(map(len, shown)), field, choice.reason)
     return config
+
+
+def _other_data(before: ml_collections.ConfigDict, place: dict[str, Any]) -> str:
+    """What a run was trained on, if that is there and is something else; else empty."""
+    if place["data.source"] == "tfds":
+        return f"{TFDS}{before.tfds_name}" * (before.source == "tfds" and before.tfds_name != place["data.tfds_name"])
+    is_there = before.folder and Path(before.folder).exists()
+    return before.folder if is_there and not Path(before.folder).samefile(place["data.folder"]) else ""
 
 
 def evaluation_of(weights: Weights, data: str | None, fields: list[str]) -> ml_collections.ConfigDict:
