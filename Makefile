@@ -2,14 +2,14 @@
 # make test: the default test suite.
 # make test-processes: tests with several real processes, minutes long.
 # make test-chaos: many faults in a run of two processes, minutes long.
-# make test-tpu: compiles the demo for a TPU, without one, in an environment of its own (libtpu: 0.7 GB).
+# make test-chips: compiles the demo for a TPU and for GPUs, without any, in an environment of its own (1.2 GB more).
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow test-processes test-chaos test-tpu lint clean
+.PHONY: demo test test-slow test-processes test-chaos test-chips lint clean
 
 # The environment is made anew when what it is made from has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -44,15 +44,15 @@ test-processes: $(VENV)/.installed-test
 test-chaos: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m chaos -rP
 
-test-tpu:
-	$(PYTHON) -m venv $(VENV)-tpu
-	$(VENV)-tpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[test]' 'jax[tpu]'
-	$(VENV)-tpu/bin/python -m pytest -m tpu_compile tests/test_cli_benchmark_compile.py
+test-chips:
+	$(PYTHON) -m venv $(VENV)-chips
+	$(VENV)-chips/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[test]' 'jax[tpu,cuda12-local]'
+	$(VENV)-chips/bin/python -m pytest -m chips tests/test_cli_benchmark_compile.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu runs
+	rm -rf $(VENV) $(VENV)-chips runs

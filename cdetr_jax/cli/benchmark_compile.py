@@ -1,7 +1,7 @@
 """`cdetr benchmark compile`: what a recipe's programs take on a chip, by compiling them where there may be none.
 
-Compiled for a topology that libtpu describes, nothing runs: sizes, FLOPs and bytes are XLA's own analysis of each
-program, and times are bounds from the chip's published peak rates.
+Compiled for a topology that libtpu or the CUDA plugin describes, nothing runs: sizes, FLOPs and bytes are XLA's own
+analysis of each program, and times are bounds from the chip's published peak rates.
 """
 
 import argparse
@@ -36,16 +36,23 @@ compiles it.
 A step, or an evaluation batch, takes longer than its bound, which is the time of each program's FLOPs at the chip's
 published peak, or of its arguments and outputs once to or from memory at the published rate. With traffic, it is all GB
 moved to or from memory. The all-reduce, the matching on the host and the reading of pictures come on top of either."""
+GPU_NOTES = """
+For a GPU that is not there XLA cannot try kernels out: it takes cuBLAS for all products and cuDNN's default for the
+convolutions, without their workspaces, and tells no size of code. FLOPs are those of the program before it is
+optimised. Float32 products run at half of the peak (TF32) or less. JAX takes three quarters of a GPU's memory, which is
+what has to hold the peak; XLA_PYTHON_CLIENT_MEM_FRACTION changes that."""
 
 
 class Chip(NamedTuple):
     """What one JAX device has: a chip, or half of one of TPU v3 and TPU7x.
 
     Attributes:
-      memory_gib: what libtpu 0.0.42 lets a program use of it, from its message about one that does not fit.
+      memory_gib: what libtpu 0.0.42 lets a program use of it, from its message about one that does not fit; of a GPU
+        three quarters, as JAX takes by default.
       gb_per_s, tflop_per_s: peak rates of memory and, in bfloat16, of the matrix units, as published in
-        https://docs.cloud.google.com/tpu/docs/ v3, v4, v5e, v5p, v6e and tpu7x. A product of float32 arrays is one of
-        bfloat16 as long as model.matmul_precision is not higher (6 of them with `highest`): it counts as one.
+        https://docs.cloud.google.com/tpu/docs/ v3, v4, v5e, v5p, v6e and tpu7x, and in NVIDIA's data sheets (without
+        sparsity). A product of float32 arrays is one of bfloat16 as long as model.matmul_precision is not higher (6 of
+        them with `highest`): it counts as one.
     """
 
     memory_gib: float
@@ -60,8 +67,71 @@ CHIPS = {
     "TPU v5": Chip(95.74, 2765, 459),
     "TPU v6 lite": Chip(31.25, 1638, 918),
     "TPU7x": Chip(94.75, 3690, 1153.5),
+    "NVIDIA A100-SXM4-80GB": Chip(59.4, 2039, 312),
+    "NVIDIA L4": Chip(16.9, 300, 121),
+    "NVIDIA H100 80GB HBM3": Chip(59.3, 3352, 989),
+    "NVIDIA H200": Chip(105.7, 4800, 989),
 }
-TOPOLOGIES = "v3:2x2, v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1, and more chips, such as v5e:4x4"
+
+
+class Gpu(NamedTuple):
+    """A GPU as XLA's compiler has to know it, by its data sheet and the CUDA programming guide's table of capabilities.
+
+    Attributes:
+      kind: JAX's name of it, a key of `CHIPS`.
+      capability: major and minor.
+      cores, units: streaming multiprocessors, and float32 units of one.
+      threads, shared_bytes: of one multiprocessor.
+    """
+
+    kind: str
+    capability: tuple[int, int]
+    cores: int
+    units: int
+    threads: int
+    shared_bytes: int
+    ghz: float
+    cache_bytes: int
+    memory_bytes: int
+
+    def describe(self) -> str:
+        """As a GpuTargetConfigProto."""
+        return f"""
+            platform_name: "CUDA"
+            device_description_str: "{self.kind}"
+            dnn_version_info {{ major: 9 minor: 8 }}
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {self.capability[0]} minor: {self.capability[1]} }}
+              core_count: {self.cores}
+              fpus_per_core: {self.units}
+              threads_per_core_limit: {self.threads}
+              threads_per_block_limit: 1024
+              threads_per_warp: 32
+              shared_memory_per_core: {self.shared_bytes}
+              shared_memory_per_block: 49152
+              shared_memory_per_block_optin: {self.shared_bytes - 1024}
+              registers_per_core_limit: 65536
+              registers_per_block_limit: 65536
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+              clock_rate_ghz: {self.ghz}
+              l2_cache_size: {self.cache_bytes}
+              memory_bandwidth: {int(CHIPS[self.kind].gb_per_s * 1e9)}
+              device_memory_size: {self.memory_bytes}
+            }}"""
+
+
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2048, 167936, 1.41, 40 * MIB, 85100068864),
+    "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 102400, 2.04, 48 * MIB, 24152899584),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 233472, 1.98, 50 * MIB, 84942979072),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 2048, 233472, 1.98, 50 * MIB, 151397597184),
+}
+TOPOLOGIES = (
+    "v3:2x2, v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1, and more chips, such as v5e:4x4, or a GPU: "
+    "a100, l4, h100, h200, and more of them, such as h100:8, or h100:2x8 of 2 hosts"
+)
 
 # Its recursion overflows the stacks of 1 and 2 MB that libtpu gives its threads by default.
 _STACKS = ("default_thread_stack_size", "fibers_default_thread_stack_size", "xla_internal_thread_stack_size_bytes")
@@ -111,12 +181,18 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
         f"jax {jax.__version__}\n\n{programs_table(shapes)}\n\n{shapes_table(shapes, state, parts, devices[0])}"
     )
     print(NOTES)
+    if arguments.topology != "local" and devices[0].platform == "gpu":
+        print(GPU_NOTES)
 
 
 def _devices(topology: str) -> list[jax.Device]:
     """Devices to compile for: those of this machine, or of a TPU topology, of which none need be there."""
     if topology == "local":
         return jax.local_devices()
+    if found := re.fullmatch(rf"({'|'.join(GPUS)})(:(\d+x)?\d+)?", topology):
+        return _gpus(GPUS[found[1]], found[2] or ":1")
+    if not re.match(r"v\d|tpu", topology):
+        raise ValueError(f"unknown --topology={topology}; expected one such as {TOPOLOGIES}")
     if importlib.util.find_spec("libtpu") is None:
         wanted = [line.split(";")[0] for line in importlib.metadata.requires("jax") or () if line.startswith("libtpu")]
         raise ModuleNotFoundError(
@@ -139,6 +215,26 @@ def _devices(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(topology, "tpu", **settings).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"unknown --topology={topology}: {error}; expected one such as {TOPOLOGIES}") from None
+
+
+def _gpus(gpu: Gpu, count: str) -> list[jax.Device]:
+    """GPUs that need not be there: `:8`, or `:2x8` of two hosts."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise ModuleNotFoundError(
+            "--topology of a GPU needs JAX's CUDA plugin, which compiles on any Linux machine, also without CUDA: "
+            f"pip install 'jax[cuda12-local]=={jax.__version__}'"
+        )
+    jax.config.update("jax_platforms", "cpu")
+    # No CUDA need be there, and no GPU to choose a Triton kernel's tiles with.
+    os.environ |= {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false",
+    }
+    hosts, _, of_each = count[1:].rpartition("x")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology=f"1x{hosts or 1}x{of_each}", target_config=gpu.describe()
+    )
+    return list(topology.devices)
 
 
 def _shapes(
@@ -202,7 +298,7 @@ def shapes_table(shapes: Sequence[Shape], state: TrainState, accumulation_steps:
     """One row for each padded shape: whether it fits, and how fast it can be at best. `state`: see `train_programs`."""
     header = "shape|for|pictures|residuals, GiB|peak, GiB|fits|spare, GiB|largest batch|bound, ms|with traffic, ms"
     chip = CHIPS.get(device.device_kind)
-    stats = None if device.platform == "tpu" else device.memory_stats()  # a GPU's own
+    stats = None if chip else device.memory_stats()
     available = chip.memory_gib * GIB if chip else (stats or {}).get("bytes_limit")
     code = sum({id(c): c.code for shape in shapes for c in shape.programs.values() if c}.values())
     rows = []

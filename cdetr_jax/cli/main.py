@@ -419,8 +419,9 @@ def parser() -> argparse.ArgumentParser:
         "           straightforward loader, in turns\n"
         "  compile  for every padded shape what the recipe's programs take on a chip:\n"
         "           memory, FLOPs, traffic, whether it fits and how fast it can be at\n"
-        "           best. Needs no chip: with --topology a TPU's programs are compiled\n"
-        "           on any Linux machine that has libtpu, in minutes each\n\n" + CONFIG_HELP + "\n\nexamples:\n"
+        "           best. Needs no chip: with --topology the programs of TPUs and of\n"
+        "           NVIDIA GPUs are compiled on any Linux machine, in minutes each\n"
+        "           (pip install 'jax[tpu]' or 'jax[cuda12-local]')\n\n" + CONFIG_HELP + "\n\nexamples:\n"
         "  cdetr benchmark --config=conditional_detr_r50 --size=480x640\n"
         "  cdetr benchmark input --config=conditional_detr_r50 --step\n"
         "  cdetr benchmark compile --config=conditional_detr_r50 \\\n"
@@ -458,7 +459,8 @@ def parser() -> argparse.ArgumentParser:
         type=name,
         default="local",
         metavar="NAME",
-        help="compile: TPU chips, such as v5e:4x4, v4:2x2x1 or v6e:1x1 (default: this machine's devices)",
+        help="compile: TPU chips, such as v5e:4x4, v4:2x2x1 or v6e:1x1; a GPU: a100, l4, h100, h200, several: "
+        "h100:8, on two hosts: h100:2x8 (default: this machine's devices)",
     )
     benchmark.add_argument(
         "--shapes",
