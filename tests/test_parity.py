@@ -22,7 +22,7 @@ from cdetr_jax.matching.assign import assign
 from cdetr_jax.matching.cost import CostSettings, matching_cost
 from cdetr_jax.models.detector import DetectionTransformer, padding_mask
 from cdetr_jax.models.resnet import frozen_modules
-from cdetr_jax.structs import Batch, Counts, Match, Targets
+from cdetr_jax.structs import Batch, Counts, Losses, Match, Targets
 from cdetr_jax.training import parallel
 from cdetr_jax.training.optimizer import make_optimizer
 from cdetr_jax.training.step import StepFunctions, TrainState, new_rng
@@ -118,7 +118,8 @@ def case(request, float64):
     return load_case(request.param)
 
 
-# What takes longer, such as a backward pass of half a minute to a minute; `.ci/run` looks at the slow ones too.
+# What takes longer, such as a backward pass of half a minute to a minute; `.ci/run` looks at the slow ones too. Without
+# those the gradients of one model are compared, and AdamW with a literal one (training/test_optimizer.py).
 longer_cases = pytest.mark.parametrize(
     "case",
     ["official_r50", *(pytest.param(name, marks=pytest.mark.slow) for name in ("official_r50_dc5", "detr_r50"))],
@@ -295,32 +296,29 @@ def of_the_device(grads):
     return jax.tree.map(lambda x: np.array(x[0]), grads)
 
 
-class Steps(NamedTuple):
-    """Three optimiser steps: gradients and match of the first, metrics of all, and the parameters after them."""
+class Step(NamedTuple):
+    """A first step up to its update, on the device, and its gradients as NumPy arrays."""
 
-    gradients: dict
+    trainer: parallel.Trainer
+    state: TrainState
+    placed: parallel.Placed
+    grads: dict
+    losses: Losses
     match: Match
-    metrics: list
-    params: dict
+    gradients: dict
 
 
 @pytest.fixture(scope="module")
-def three_steps(case):
+def first_step(case):
     trainer, state = start(case, case.variables)
     state, placed = trainer.replicate(state), trainer.put(case.batch)
     grads, losses, match = gradients(trainer, state, placed)
-    first = of_the_device(grads)
-    state, step_metrics = trainer.apply(state, grads, losses)  # the first step, whose gradients are wanted too
-    metrics = [step_metrics]
-    for _ in range(2):
-        state, step_metrics = trainer.step(state, [placed])
-        metrics.append(step_metrics)
-    return Steps(first, match, metrics, parallel.unreplicate(state.params))
+    return Step(trainer, state, placed, grads, losses, match, of_the_device(grads))
 
 
 @longer_cases
-def test_the_gradient_of_every_tensor(case, three_steps):
-    norms = by_official_name(three_steps.gradients)
+def test_the_gradient_of_every_tensor(case, first_step):
+    norms = by_official_name(first_step.gradients)
     trainable = list(map(str, case.expected["trainable"]))
     noise = GRADIENT_NOISE * case.expected["grad_global_norm_0"]
     for name, norm in zip(trainable, case.expected["grad_norms"], strict=True):
@@ -328,12 +326,20 @@ def test_the_gradient_of_every_tensor(case, three_steps):
     assert all(norm == 0 for name, norm in norms.items() if name not in trainable), "frozen stages have gradients"
 
 
+@pytest.mark.slow
 @longer_cases
-def test_three_optimizer_steps(case, three_steps):
-    for step, metrics in enumerate(three_steps.metrics):
+def test_three_optimizer_steps(case, first_step):
+    trainer, placed = first_step.trainer, first_step.placed
+    state, step_metrics = trainer.apply(first_step.state, first_step.grads, first_step.losses)
+    metrics_of_steps = [step_metrics]
+    for _ in range(2):
+        state, step_metrics = trainer.step(state, [placed])
+        metrics_of_steps.append(step_metrics)
+    for step, metrics in enumerate(metrics_of_steps):
         np.testing.assert_allclose(metrics.losses.total, case.expected[f"total_loss_{step}"], rtol=STEPS)
         np.testing.assert_allclose(metrics.grad_norm, case.expected[f"grad_global_norm_{step}"], rtol=STEPS)
-    deltas = by_official_name(jax.tree.map(np.subtract, three_steps.params, case.variables["params"]))
+    params = parallel.unreplicate(state.params)
+    deltas = by_official_name(jax.tree.map(np.subtract, params, case.variables["params"]))
     trainable = list(map(str, case.expected["trainable"]))
     # AdamW makes steps of full size also of rounding noise: tensors with no other gradient are left out.
     has_gradient = case.expected["grad_norms"] > NO_GRADIENT * case.expected["grad_global_norm_0"]
@@ -344,9 +350,9 @@ def test_three_optimizer_steps(case, three_steps):
 
 
 @pytest.mark.parametrize("case", ["official_r50"], indirect=True, scope="module")
-def test_how_far_float32_gradients_are_from_the_truth(case, three_steps):
+def test_how_far_float32_gradients_are_from_the_truth(case, first_step):
     """For the same match, whose near-ties are another matter."""
-    truth, match = three_steps.gradients, three_steps.match
+    truth, match = first_step.gradients, first_step.match
     with jax.enable_x64(False):
         trainer, state = start(case, jax.tree.map(np.float32, case.variables))
         grads, *_ = gradients(trainer, trainer.replicate(state.network), trainer.put(case.batch), match)
