@@ -18,12 +18,13 @@ from cdetr_jax import build
 from cdetr_jax.checkpoints import workdir as run_files
 from cdetr_jax.config_check import check_config, flat_fields
 from cdetr_jax.files import as_csv, as_path, write_json, write_text
-from cdetr_jax.training.start import check_same_run
+from cdetr_jax.training.start import ENVIRONMENT, check_same_run
 from cdetr_jax.visualization.curve import Series, draw_panels, read_metrics
 from cdetr_jax.visualization.page import Page
 
 NUMBERS = ("AP", "AP50", "AP75", "APS", "APM", "APL")
-MACHINE, SIZE = "machine.json", "size.json"  # in a run's workdir: what it was trained with, how large its model is
+SIZE = "size.json"  # in a run's workdir: how large its model is
+TRAINED_WITH = ("devices", "processor", "cores", "cdetr_jax", "jax", "git_commit")  # of its environment
 Changes = Mapping[str, Any]  # a variant: fields by their full names, such as "model.decoder", and their values
 
 
@@ -69,6 +70,12 @@ class Run:
                     paces.append((count, count / row["images_per_second"]))
         known = sum(count for count, _ in paces)
         return images * sum(seconds for _, seconds in paces) / known if known else None
+
+    def trained_with(self) -> dict[str, Any]:
+        """What it was last started with."""
+        path = self.workdir / ENVIRONMENT
+        last = json.loads(path.read_text(encoding="utf-8").splitlines()[-1]) if path.exists() else {}
+        return {name: last[name] for name in TRAINED_WITH if last.get(name)}
 
     def is_done(self) -> bool:
         """Whether the last evaluation is there."""
@@ -170,7 +177,6 @@ def _outcome(run: Run, failure: str | None) -> dict[str, Any]:
     """What one run came to."""
     evaluations = run.evaluations()
     is_done = run.is_done()
-    machine = run.workdir / MACHINE
     state = (
         "complete" if is_done else f"failed: {failure}" if failure else "not complete" if run.rows() else "not begun"
     )
@@ -179,7 +185,7 @@ def _outcome(run: Run, failure: str | None) -> dict[str, Any]:
         "epochs": [row["epoch"] for row in evaluations],
         "AP": [row["AP"] for row in evaluations],
         "train_seconds": run.train_seconds(),
-        "trained_with": json.loads(machine.read_text(encoding="utf-8")) if machine.exists() else {},
+        "trained_with": run.trained_with(),
         **({"last": {k: v for k, v in evaluations[-1].items() if k not in ("kind",)}} if is_done else {}),
     }
 

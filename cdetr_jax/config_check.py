@@ -1,7 +1,7 @@
 """What every field of a config may hold, and which values of several fields go together."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -51,6 +51,10 @@ def _several(rule: Rule, what: str, of: tuple[int, ...] = ()) -> Rule:
         return is_sequence and all(map(rule.holds, value))
 
     return Rule(f"{what}, each {rule.expected}", holds)
+
+
+def _each_once(names: list[str], known: Iterable[str]) -> bool:
+    return set(names) <= set(known) and len(names) == len(set(names))
 
 
 _TEXT = Rule("a text", lambda value: isinstance(value, str))
@@ -157,8 +161,8 @@ FIELDS = {
     "train.num_epochs": _whole(1),
     "train.max_steps": Rule("None or a whole number from 1", lambda value: value is None or _whole(1).holds(value)),
     "train.log": Rule(
-        f"one or more of {', '.join(TRACKERS)}, with commas between, or none",
-        lambda value: isinstance(value, str) and set(value.split(",")) <= {*TRACKERS, "none"},
+        f"one or more of {', '.join(TRACKERS)}, each once, with commas between, or none",
+        lambda value: isinstance(value, str) and _each_once(value.split(","), (*TRACKERS, "none")),
     ),
     "train.log_every_steps": _whole(1),
     "train.checkpoint_every_steps": _whole(1),

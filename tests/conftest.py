@@ -34,9 +34,12 @@ install_import_hook(
 )
 
 
+LONGEST = ("test_parity.py", "test_loop.py", "test_cli.py", "test_weights.py", "test_step.py", "test_transformer.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first, so that no process is left with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_parity.py")
+    """The longest files first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 class _ObjectStore(MemoryFileSystem):

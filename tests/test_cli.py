@@ -638,7 +638,8 @@ def test_predict_in_every_form(trained, pictures, capsys, monkeypatch):
 
 def test_predict_does_not_know_a_class(trained, pictures, capsys):
     command = ["predict", f"--weights={trained}", f"--output={pictures}/o", f"{pictures}/gray.png"]
-    assert "does not know 'rign'; did you mean ring?" in fails(capsys, [*command, "--classes=disc,rign"])
+    for name in ("rign", "RING"):
+        assert f"does not know '{name}'; did you mean ring?" in fails(capsys, [*command, f"--classes=disc,{name}"])
     known = "'zebra'; it knows disc, square, triangle, cross, ring\n"
     assert known in fails(capsys, [*command, "--classes=zebra"])
 
@@ -737,6 +738,20 @@ def test_what_is_live(tmp_path, monkeypatch):
     ((found, name),) = find_pictures(["camera"], tmp_path / "o")
     assert (found, name) == (pathlib.Path("camera"), "camera")
     assert not is_live(found)
+
+
+def test_folders_that_are_links_and_pictures_that_nobody_reads(tmp_path, capsys):
+    (tmp_path / "store").mkdir()
+    for name in ("a.png", ".hidden.png", "b.HEIC", "c.dng"):
+        (tmp_path / "store" / name).touch()
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "linked").symlink_to(tmp_path / "store")
+    assert find_pictures([str(tmp_path / "all")], tmp_path / "o") == [(tmp_path / "all/linked/a.png", "linked/a")]
+    printed = capsys.readouterr().out
+    assert (
+        printed
+        == f"{tmp_path}/all: 2 files cannot be read and are left out, the first is {tmp_path}/all/linked/b.HEIC\n"
+    )
 
 
 def test_the_newest_frame_is_taken():

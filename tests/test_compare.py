@@ -50,6 +50,15 @@ def runs(tmp_path):
     return runs
 
 
+def test_what_a_run_was_trained_with_is_said_by_its_last_start(tmp_path):
+    (run, *_) = make_runs(tmp_path)
+    assert run.trained_with() == {}
+    leave(run, [0.1])
+    lines = [json.dumps({"step": 0, "devices": "1 x cpu", "cores": cores, "git_commit": ""}) for cores in (1, 2)]
+    (run.workdir / "environment.jsonl").write_text("\n".join(lines) + "\n")
+    assert run.trained_with() == {"devices": "1 x cpu", "cores": 2}
+
+
 def test_every_variant_has_one_seed_before_any_has_two(tmp_path):
     runs = make_runs(tmp_path)
     assert [run.name for run in runs] == [

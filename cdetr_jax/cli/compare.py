@@ -1,14 +1,10 @@
 """`cdetr compare`."""
 
 import argparse
-import collections
-import contextlib
 import itertools
 import multiprocessing
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import threading
 import time
@@ -23,11 +19,12 @@ import ml_collections
 from absl import logging
 
 from cdetr_jax.cli.settings import read_recipe, set_up_logging
-from cdetr_jax.compare import MACHINE, Run, make_runs, summarize, write_report
+from cdetr_jax.compare import Run, make_runs, summarize, write_report
 from cdetr_jax.data.reader import usable_cores
-from cdetr_jax.files import as_path, check_writable_folder, is_remote, write_json
+from cdetr_jax.files import as_path, check_writable_folder, is_remote
 from cdetr_jax.training.loop import train_and_evaluate
 from cdetr_jax.training.processes import code_version
+from cdetr_jax.training.start import git_commit
 from cdetr_jax.training.stopping import StoppedError, watch_signals
 
 _LOOK_S = 2.0  # between two looks at how the runs go
@@ -66,33 +63,17 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
             failed = train_all(runs, arguments.jobs)
         except StoppedError as stopped:
             raise StoppedError(f"{stopped}; to go on: {shlex.join(command)}") from None
-    about = {"command": shlex.join(command), "date": time.strftime("%Y-%m-%d"), **_software()}
+    about = {
+        "command": shlex.join(command),
+        "date": time.strftime("%Y-%m-%d"),
+        **code_version(),
+        "git_commit": git_commit() or "not known",
+    }
     print(write_report(workdir, summarize(runs, chosen, failed, arguments.ap), groups, about))
     print(f"\nreport  {workdir / 'report.html'}")
     if failed:
         names = ", ".join(f"{run.name} ({why})" for run, why in failed.items())
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed: {names}; the same command tries them again")
-
-
-def _software() -> dict[str, str]:
-    """Versions, and the commit where the package lies in its repository."""
-    repository = Path(__file__).parents[2]
-    git = ["git", "-C", str(repository), "describe", "--always", "--dirty"]
-    described = None
-    if (repository / ".git").exists():
-        described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {**code_version(), "commit": described or "not known"}
-
-
-def _machine() -> dict[str, str]:
-    """What this process trains with."""
-    kinds = collections.Counter(device.device_kind for device in jax.devices())
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
-        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    return {"devices": devices, "processor": cpu, "cores": str(usable_cores()), **code_version()}
 
 
 def train_all(runs: Sequence[Run], jobs: int = 1) -> dict[Run, str]:
@@ -194,7 +175,6 @@ def _train(config: dict[str, Any], workdir: Path, cores: set[int] | None) -> Non
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     set_up_logging()
-    write_json(workdir / MACHINE, _machine())
     try:
         train_and_evaluate(ml_collections.ConfigDict(config).lock(), workdir)
     except StoppedError as stopped:

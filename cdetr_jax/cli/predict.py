@@ -26,10 +26,11 @@ from cdetr_jax.cli.predict_video import (
     parts,
 )
 from cdetr_jax.cli.settings import set_up_logging
-from cdetr_jax.data.sources import PICTURE_ERRORS, BadPictureError, is_address, open_picture
+from cdetr_jax.data.sources import PICTURE_ERRORS, BadPictureError, files_in, is_address, open_picture
 from cdetr_jax.files import as_csv, as_path, growing_list, growing_text, whole_file, write_text
 
 SHEET_PICTURES = 16
+UNREAD = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw")  # pictures that Pillow does not read
 # Where what was found goes, by its form.
 RESULTS = {"coco": "predictions.json", "jsonl": "predictions.jsonl", "csv": "predictions.csv", "yolo": "labels"}
 
@@ -164,9 +165,10 @@ def _progress(total: int) -> Any:
 
 def _check_classes(wanted: list[str], known: list[str]) -> None:
     """Raises ValueError at a name that the detector does not know."""
+    by_lower = {name.lower(): name for name in known}
     for name in wanted:
         if name not in known:
-            similar = difflib.get_close_matches(name, known, n=1)
+            similar = [by_lower[found] for found in difflib.get_close_matches(name.lower(), by_lower, n=1)]
             more = "" if len(known) <= 100 else f" and {len(known) - 100} more"
             meant = f"did you mean {similar[0]}?" if similar else f"it knows {', '.join(known[:100])}{more}"
             raise ValueError(f"--classes: the detector does not know {name!r}; {meant}")
@@ -285,13 +287,13 @@ def find_pictures(arguments: list[str], output: Any) -> list[tuple[Path | str, s
                     f"--output={output} is the folder of the pictures; name another one, such as {path / 'found'}"
                 )
             outside = own is None or not own.is_relative_to(path.resolve())
-            inside = sorted(
+            inside = [
                 file
-                for file in path.rglob("*")
-                if file.suffix.lower() in extensions
-                and file.is_file()
-                and (outside or not file.resolve().is_relative_to(own))
-            )
+                for file in files_in(path, extensions, deep=True)
+                if outside or not file.resolve().is_relative_to(own)
+            ]
+            if left_out := files_in(path, UNREAD, deep=True):
+                print(f"{path}: {len(left_out)} files cannot be read and are left out, the first is {left_out[0]}")
             if not inside:
                 raise FileNotFoundError(f"there are no pictures in the folder {path}")
             found += [(file, str(file.relative_to(path).with_suffix(""))) for file in inside]

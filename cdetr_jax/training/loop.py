@@ -255,7 +255,7 @@ def _train(
         if progress:
             progress.close()
         if writer:
-            writer.close(failed=sys.exception() is not None)
+            writer.close("failed" if sys.exception() else "stopped" if stop else "finished")
         if not (are_several() and sys.exception()):  # else it is finished before this process leaves
             checkpoints.close()
         if is_first_process and (workdir / "metrics.jsonl").exists():

@@ -88,10 +88,10 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.hide_after(step)
 
-    def close(self, failed: bool = False) -> None:
-        """Closes the trackers; `failed`: the run ends with an error."""
+    def close(self, end: str = "finished") -> None:
+        """Closes the trackers, see `Tracker.close`."""
         for tracker in self._trackers:
-            tracker.close(failed)
+            tracker.close(end)
 
 
 def make_writer(

@@ -25,6 +25,7 @@ from cdetr_jax.classes import ClassTable, classes_in_data
 from cdetr_jax.config_check import flat_fields
 from cdetr_jax.data.findings import leaks
 from cdetr_jax.data.pipeline import sizes_hw
+from cdetr_jax.data.reader import usable_cores
 from cdetr_jax.data.sources import Source, missing_files
 from cdetr_jax.files import as_path, write_text
 from cdetr_jax.records import Category
@@ -61,6 +62,7 @@ FREE_FIELDS = (
     "train.keep_checkpoints",
 )
 SHOWN_CLASSES = 8
+ENVIRONMENT = "environment.jsonl"  # in the workdir
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "pillow")
 INIT_SHAPE = (64, 64)  # of a picture; the parameters do not depend on it
 
@@ -216,17 +218,19 @@ def record_start(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
 
     Returns: the same. Only what can be found out is in it.
     """
-    path = as_path(workdir) / "environment.jsonl"
+    path = as_path(workdir) / ENVIRONMENT
     environment = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "step": step,
         "command": shlex.join(sys.argv),
         **code_version(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "system": platform.platform(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processor": _processor(),
+        "cores": usable_cores(),
         "processes": jax.process_count(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
@@ -241,7 +245,15 @@ def _version(package: str) -> str:
     return ""
 
 
-def _git_commit() -> str:
+def _processor() -> str:
+    """The name of the CPU, or of its kind."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str:
     """Of this code, with a + if its files were changed since; empty, where it is in no clone and from none."""
     package = Path(__file__).parents[1]
     git = ["git", "-C", str(package)]

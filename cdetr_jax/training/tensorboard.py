@@ -43,7 +43,7 @@ class TensorBoardFile:
         """Tells TensorBoard to forget what earlier files hold of later steps than this one."""
         self._write(step + 1, _bytes(_SESSION_LOG, _key(_STATUS, _VARINT) + _varint(_START)))
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, end: str = "finished") -> None:
         """Closes the file."""
         self._file.close()
 

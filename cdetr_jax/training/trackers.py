@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -36,8 +37,8 @@ class Tracker(Protocol):
     def hide_after(self, step: int) -> None:
         """What was written of later steps than this one will come again."""
 
-    def close(self, failed: bool = False) -> None:
-        """The run ends, or stops to go on later. `failed`: an error ends it."""
+    def close(self, end: str = "finished") -> None:
+        """The run is finished, stopped, to go on later, or failed, by an error."""
 
 
 class Csv:
@@ -63,7 +64,7 @@ class Csv:
     def hide_after(self, step: int) -> None:
         self._write_anew()
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, end: str = "finished") -> None:
         """Nothing is open."""
 
     def _write_anew(self) -> None:
@@ -91,7 +92,7 @@ class Wandb:
         self._wandb = wandb
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=workdir.name,
+            name=_name(workdir),
             id=_id(workdir, "wandb", lambda: uuid.uuid4().hex[:8]),
             resume="allow",
             dir=None if is_remote(workdir) else str(workdir),
@@ -107,8 +108,8 @@ class Wandb:
     def hide_after(self, step: int) -> None:
         """See the class."""
 
-    def close(self, failed: bool = False) -> None:
-        self._run.finish(exit_code=int(failed))
+    def close(self, end: str = "finished") -> None:
+        self._run.finish(exit_code=int(end == "failed"))
 
 
 class Mlflow:
@@ -127,7 +128,7 @@ class Mlflow:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
             experiment = self._client.get_experiment_by_name(name)
             experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
-            run_id = self._client.create_run(experiment_id, run_name=workdir.name).info.run_id
+            run_id = self._client.create_run(experiment_id, run_name=_name(workdir)).info.run_id
             params = [Param(name, str(value)[:500]) for name, value in facts.items()]
             for i in range(0, len(params), 100):  # as many as it takes at once
                 self._client.log_batch(run_id, params=params[i : i + 100])
@@ -148,8 +149,8 @@ class Mlflow:
     def hide_after(self, step: int) -> None:
         """It keeps both values of a step that comes again."""
 
-    def close(self, failed: bool = False) -> None:
-        self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
+    def close(self, end: str = "finished") -> None:
+        self._client.set_terminated(self._run_id, "KILLED" if end == "stopped" else end.upper())
 
 
 class _Elsewhere:
@@ -211,6 +212,11 @@ def make_trackers(log: str, workdir: str | os.PathLike, facts: Mapping[str, Any]
         elif name in FILES:
             trackers[name] = FILES[name](workdir, facts)
     return trackers
+
+
+def _name(workdir: Path) -> str:
+    """The workdir's; of a comparison's runs, which are all called seed0, with the variant."""
+    return f"{workdir.parent.name}/{workdir.name}" if re.fullmatch(r"seed\d+", workdir.name) else workdir.name
 
 
 def _id(workdir: Path, name: str, create: Any) -> str:

@@ -96,6 +96,8 @@ def test_what_is_kept_of_every_start(tmp_path, monkeypatch):
     assert found["command"] == "cdetr train '--workdir=my run'"
     assert found["packages"]["jax"] == jax.__version__
     assert found["devices"].startswith(f"{jax.device_count()} x ")
+    assert found["processor"]
+    assert found["cores"] >= 1
     clone = Path(__file__).parents[2]
     if (clone / ".git").exists():
         head = subprocess.run(
