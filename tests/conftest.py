@@ -1,6 +1,7 @@
 """Two virtual CPU devices for every test; shapes are checked, and arrays of another rank do not broadcast."""
 
 import atexit
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -10,6 +11,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes that each use all cores get in each other's way
     os.environ["XLA_FLAGS"] += " --xla_cpu_multi_thread_eigen=false"
+    # Loops are compiled in a third less time by what XLA had before; later versions have no choice. The slow tests and
+    # the demo run what users do.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # What one test compiles, the others find, in all processes of this run and in the commands that they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cdetr-tests-compiled-")

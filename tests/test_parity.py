@@ -349,6 +349,7 @@ def test_three_optimizer_steps(case, first_step):
     assert all(delta == 0 for name, delta in deltas.items() if name not in trainable), "frozen stages moved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["official_r50"], indirect=True, scope="module")
 def test_how_far_float32_gradients_are_from_the_truth(case, first_step):
     """For the same match, whose near-ties are another matter."""
