@@ -88,7 +88,8 @@ def test_tables_and_what_is_in_them(capsys, monkeypatch, stand_in):
 def test_all_reduced_bytes():
     text = """
       %a = (f32[3,5]{1,0:T(8,128)S(1)}, bf16[7]{0}, /*index=2*/f32[]) all-reduce(%x, %y, %z), channel_id=1
-      %b = s32[2]{0} all-reduce-start(%w), channel_id=2
+      %b = ((s32[2]{0}), s32[2]{0}) all-reduce-start(%w), channel_id=2
+      %d = s32[2]{0} all-reduce-done(%b)
       %c = f32[9] get-tuple-element(%a), index=0, metadata={op_name="all-reduce"}
     """
     assert memory.all_reduced_bytes(text) == 4 * 15 + 2 * 7 + 4 + 4 * 2

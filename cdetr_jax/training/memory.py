@@ -90,7 +90,7 @@ def moved_bytes(text: str) -> int:
 
 def all_reduced_bytes(text: str) -> int:
     """What a compiled program's all-reduces take, from its text."""
-    return sum(map(_bytes_of_types, re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)))
+    return sum(map(_bytes_of_types, re.findall(r"= (.*?) all-reduce(?:-done)?\(", text)))
 
 
 def _bytes_of_types(types: str) -> int:
