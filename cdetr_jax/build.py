@@ -9,6 +9,7 @@ from absl import logging
 
 from cdetr_jax.classes import ClassTable, class_table, label_of
 from cdetr_jax.data.buckets import bucket_of, by_area
+from cdetr_jax.data.coco import CocoFolder
 from cdetr_jax.data.folders import read_split
 from cdetr_jax.data.joined import JoinedSource
 from cdetr_jax.data.pipeline import Batches, eval_batches, sizes_hw, train_batches
@@ -23,7 +24,7 @@ from cdetr_jax.data.plan import (
     search_shapes,
 )
 from cdetr_jax.data.reader import ReadSettings
-from cdetr_jax.data.sources import CocoFolder, Source
+from cdetr_jax.data.sources import Source
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.tfds_source import TfdsSource
 from cdetr_jax.data.transforms import count_training_objects

@@ -28,7 +28,7 @@ losses/focal losses/box
 losses/criterion
 data/coco_categories data/cache data/synthetic
 data/sources
-data/tfds_source
+data/coco data/tfds_source
 data/joined data/archives data/yolo data/voc
 data/folders data/findings
 data/tfds_prepare

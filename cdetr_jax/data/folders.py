@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cdetr_jax.data.sources import SPLITS, CocoFolder, PictureFolder, files_in, split_name
+from cdetr_jax.data.coco import CocoFolder
+from cdetr_jax.data.sources import SPLITS, PictureFolder, files_in, split_name
 from cdetr_jax.data.voc import read_convention, read_voc
 from cdetr_jax.data.yolo import open_yolo
 from cdetr_jax.files import write_json

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cdetr_jax.data import cache
 from cdetr_jax.data.cache import cached_table, fingerprint_of, in_parallel
-from cdetr_jax.data.sources import CocoFolder
+from cdetr_jax.data.coco import CocoFolder
 
 
 @pytest.fixture

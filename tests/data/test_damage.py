@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdetr_jax.data.coco import CocoFolder
 from cdetr_jax.data.pipeline import sizes_hw, train_batches
 from cdetr_jax.data.plan import Augmentation, PlanSettings
 from cdetr_jax.data.reader import ReadSettings
-from cdetr_jax.data.sources import BadPictureError, CocoFolder
+from cdetr_jax.data.sources import BadPictureError
 from cdetr_jax.data.transforms import count_training_objects
 
 # Pillow's word about a damaged EXIF part, which is no reason not to read the picture.

@@ -16,10 +16,11 @@ import pytest
 from fatal_source import FatalShapes
 from PIL import Image
 
+from cdetr_jax.data.coco import CocoFolder
 from cdetr_jax.data.pipeline import eval_batches, sizes_hw, train_batches
 from cdetr_jax.data.plan import ROW, Augmentation, PlanSettings, eval_plan, redraw_row, train_plan
 from cdetr_jax.data.reader import ReadSettings
-from cdetr_jax.data.sources import BadPictureError, CocoFolder
+from cdetr_jax.data.sources import BadPictureError
 from cdetr_jax.data.synthetic import SyntheticShapes
 from cdetr_jax.data.transforms import count_training_objects, transform_boxes, transform_picture
 from cdetr_jax.data.workers import WorkerDiedError, Workers

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from cdetr_jax.data import sources
-from cdetr_jax.data.sources import BadPictureError, CocoFolder, decode_rgb, open_picture
+from cdetr_jax.data.coco import CocoFolder
+from cdetr_jax.data.sources import BadPictureError, decode_rgb, open_picture
 from cdetr_jax.structs import Category
 
 # ------------------------------------------------------------------------------------------- annotation files

@@ -18,8 +18,9 @@ from cdetr_jax import build
 from cdetr_jax.checkpoints.workdir import save_config
 from cdetr_jax.cli.data_flag import config_of, evaluation_of
 from cdetr_jax.data import cache, tfds_source
+from cdetr_jax.data.coco import CocoFolder
 from cdetr_jax.data.coco_categories import COCO_CATEGORIES
-from cdetr_jax.data.sources import BadPictureError, CocoFolder
+from cdetr_jax.data.sources import BadPictureError
 from cdetr_jax.data.tfds_source import TfdsSource, category_ids_of, find_prepared, object_areas, pixel_boxes
 from cdetr_jax.evaluation.coco_eval import SUMMARY, coco_average_precision
 from cdetr_jax.structs import Category

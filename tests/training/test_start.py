@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from cdetr_jax.classes import class_table
+from cdetr_jax.data.coco import CocoFolder
 from cdetr_jax.data.joined import JoinedSource
-from cdetr_jax.data.sources import CocoFolder, missing_files
+from cdetr_jax.data.sources import missing_files
 from cdetr_jax.training import start
 from configs import common
 
