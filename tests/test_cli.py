@@ -1,5 +1,6 @@
 """The `cdetr` command: help, what it refuses and how, and train, evaluate, predict and convert on small pictures."""
 
+import ctypes
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import huggingface_hub
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 import cdetr_jax
 from cdetr_jax import boxes
-from cdetr_jax.cli.main import keep_compiled_programs, run
+from cdetr_jax.cli.main import keep_compiled_programs, keep_freed_memory, run
 from cdetr_jax.cli.predict import find_pictures
 from cdetr_jax.cli.predict_video import _newest, is_live
 from cdetr_jax.evaluation.coco_eval import SUMMARY
@@ -70,6 +72,21 @@ def test_commands_keep_what_they_compile(folder, monkeypatch):
     keep_compiled_programs()
     found = [environment.get(name) for name in names]
     assert found == (["/elsewhere", None, None] if folder else ["/cache/cdetr_jax/compiled", "4294967296", "0.1"])
+
+
+@pytest.mark.parametrize(
+    ("cores", "variables", "are_set"), [(2, {}, 3), (64, {}, 0), (2, {"MALLOC_ARENA_MAX": "4"}, 0)]
+)
+def test_commands_keep_freed_memory_on_few_cores(cores, variables, are_set, monkeypatch):
+    calls = []
+    library = types.SimpleNamespace(mallopt=lambda parameter, value: calls.append((parameter, value)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "environ", variables)
+    keep_freed_memory()
+    assert len(calls) == are_set
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace())  # a C library that has no such thing
+    keep_freed_memory()
 
 
 # --------------------------------------------------------------------------------------------------------- help

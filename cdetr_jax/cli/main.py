@@ -1,6 +1,8 @@
 """The `cdetr` command: help texts, then one call into the command that was asked for."""
 
 import argparse
+import contextlib
+import ctypes
 import difflib
 import importlib
 import os
@@ -485,6 +487,21 @@ def keep_compiled_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep what a step frees for the next one, in one heap for all threads.
+
+    It would give arrays of many sizes back to the system and take them anew in every step, and keep as many heaps with
+    holes as there are threads. Only on few cores: where many threads read pictures, one heap would be in their way.
+    """
+    if (os.cpu_count() or 1) > 8 or os.environ.keys() & {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}:
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, or another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # of malloc.h
+        for parameter, value in ((arena_max, 1), (mmap_threshold, 2**30), (trim_threshold, 2**31 - 1)):
+            mallopt(parameter, value)
+
+
 USERS_ERRORS = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, NotImplementedError, MemoryError)
 TAKES_CONFIG_FIELDS = ("train", "compare", "evaluate", "attention", "benchmark")
 
@@ -533,6 +550,7 @@ def run(argv: list[str] | None = None) -> None:
         required = " and ".join(f"--{name}" for name in missing)
         main.error(f"the following arguments are required: {required}, or --data=FOLDER instead")
     keep_compiled_programs()
+    keep_freed_memory()
     command = importlib.import_module(f"cdetr_jax.cli.{arguments.command}")
     try:
         command.run(arguments, fields) if arguments.command in TAKES_CONFIG_FIELDS else command.run(arguments)
