@@ -765,10 +765,8 @@ def test_folders_that_are_links_and_pictures_that_nobody_reads(tmp_path, capsys)
     (tmp_path / "all" / "linked").symlink_to(tmp_path / "store")
     assert find_pictures([str(tmp_path / "all")], tmp_path / "o") == [(tmp_path / "all/linked/a.png", "linked/a")]
     printed = capsys.readouterr().out
-    assert (
-        printed
-        == f"{tmp_path}/all: 2 files cannot be read and are left out, the first is {tmp_path}/all/linked/b.HEIC\n"
-    )
+    first = f"{tmp_path}/all/linked/b.HEIC"
+    assert printed == f"{tmp_path}/all: 2 files cannot be read and are left out, the first is {first}\n"
 
 
 def test_the_newest_frame_is_taken():

@@ -67,10 +67,6 @@ CHIPS = {
     "TPU v5": Chip(95.74, 2765, 459),
     "TPU v6 lite": Chip(31.25, 1638, 918),
     "TPU7x": Chip(94.75, 3690, 1153.5),
-    "NVIDIA A100-SXM4-80GB": Chip(59.4, 2039, 312),
-    "NVIDIA L4": Chip(16.9, 300, 121),
-    "NVIDIA H100 80GB HBM3": Chip(59.3, 3352, 989),
-    "NVIDIA H200": Chip(105.7, 4800, 989),
 }
 
 
@@ -78,13 +74,16 @@ class Gpu(NamedTuple):
     """A GPU as XLA's compiler has to know it, by its data sheet and the CUDA programming guide's table of capabilities.
 
     Attributes:
-      kind: JAX's name of it, a key of `CHIPS`.
+      kind: JAX's name of it.
+      gb_per_s, tflop_per_s: as of a `Chip`.
       capability: major and minor.
       cores, units: streaming multiprocessors, and float32 units of one.
       threads, shared_bytes: of one multiprocessor.
     """
 
     kind: str
+    gb_per_s: float
+    tflop_per_s: float
     capability: tuple[int, int]
     cores: int
     units: int
@@ -117,17 +116,18 @@ class Gpu(NamedTuple):
               block_dim_limit_z: 65535
               clock_rate_ghz: {self.ghz}
               l2_cache_size: {self.cache_bytes}
-              memory_bandwidth: {int(CHIPS[self.kind].gb_per_s * 1e9)}
+              memory_bandwidth: {int(self.gb_per_s * 1e9)}
               device_memory_size: {self.memory_bytes}
             }}"""
 
 
 GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 2048, 167936, 1.41, 40 * MIB, 85100068864),
-    "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 102400, 2.04, 48 * MIB, 24152899584),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 233472, 1.98, 50 * MIB, 84942979072),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 2048, 233472, 1.98, 50 * MIB, 151397597184),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 2039, 312, (8, 0), 108, 64, 2048, 167936, 1.41, 40 * MIB, 85100068864),
+    "l4": Gpu("NVIDIA L4", 300, 121, (8, 9), 58, 128, 1536, 102400, 2.04, 48 * MIB, 24152899584),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 3352, 989, (9, 0), 132, 128, 2048, 233472, 1.98, 50 * MIB, 84942979072),
+    "h200": Gpu("NVIDIA H200", 4800, 989, (9, 0), 132, 128, 2048, 233472, 1.98, 50 * MIB, 151397597184),
 }
+CHIPS |= {gpu.kind: Chip(0.75 * gpu.memory_bytes / GIB, gpu.gb_per_s, gpu.tflop_per_s) for gpu in GPUS.values()}
 TOPOLOGIES = (
     "v3:2x2, v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1, and more chips, such as v5e:4x4, or a GPU: "
     "a100, l4, h100, h200, and more of them, such as h100:8, or h100:2x8 of 2 hosts"
@@ -186,20 +186,31 @@ def run(arguments: argparse.Namespace, fields: list[str]) -> None:
 
 
 def _devices(topology: str) -> list[jax.Device]:
-    """Devices to compile for: those of this machine, or of a TPU topology, of which none need be there."""
+    """Devices to compile for: those of this machine, or TPUs or GPUs, of which none need be there."""
     if topology == "local":
         return jax.local_devices()
-    if found := re.fullmatch(rf"({'|'.join(GPUS)})(:(\d+x)?\d+)?", topology):
-        return _gpus(GPUS[found[1]], found[2] or ":1")
-    if not re.match(r"v\d|tpu", topology):
+    if gpus := re.fullmatch(rf"({'|'.join(GPUS)})(?::(?:(\d+)x)?(\d+))?", topology):
+        name, hosts, of_each = gpus.groups(default="1")
+        arguments = _gpu_arguments(GPUS[name], f"1x{hosts}x{of_each}")
+    elif re.match(r"v\d|tpu", topology):
+        arguments = _tpu_arguments(topology)
+    else:
         raise ValueError(f"unknown --topology={topology}; expected one such as {TOPOLOGIES}")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return list(topologies.get_topology_desc(**arguments).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"unknown --topology={topology}: {error}; expected one such as {TOPOLOGIES}") from None
+
+
+def _tpu_arguments(topology: str) -> dict[str, Any]:
+    """Of `get_topology_desc`. Raises: ModuleNotFoundError without libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         wanted = [line.split(";")[0] for line in importlib.metadata.requires("jax") or () if line.startswith("libtpu")]
         raise ModuleNotFoundError(
             f"--topology={topology} needs libtpu, which compiles for TPUs on any Linux machine: "
             f"pip install '{(wanted or ['libtpu'])[0]}'"
         )
-    jax.config.update("jax_platforms", "cpu")
     stacks = [f"--{name}={128 * MIB}" for name in _STACKS]
     os.environ |= {
         "LIBTPU_INIT_ARGS": " ".join([*stacks, os.environ.get("LIBTPU_INIT_ARGS", "")]),
@@ -211,30 +222,22 @@ def _devices(topology: str) -> list[jax.Device]:
     settings = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # both cores are one device
     if re.fullmatch(r"\w+:1(x1)*", topology):
         settings["chips_per_host_bounds"] = [1, 1, 1]
-    try:
-        return list(topologies.get_topology_desc(topology, "tpu", **settings).devices)
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"unknown --topology={topology}: {error}; expected one such as {TOPOLOGIES}") from None
+    return {"topology_name": topology, "platform": "tpu", **settings}
 
 
-def _gpus(gpu: Gpu, count: str) -> list[jax.Device]:
-    """GPUs that need not be there: `:8`, or `:2x8` of two hosts."""
+def _gpu_arguments(gpu: Gpu, shape: str) -> dict[str, Any]:
+    """The same; the shape is slices x hosts x GPUs of each. Raises: ModuleNotFoundError without the CUDA plugin."""
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise ModuleNotFoundError(
             "--topology of a GPU needs JAX's CUDA plugin, which compiles on any Linux machine, also without CUDA: "
             f"pip install 'jax[cuda12-local]=={jax.__version__}'"
         )
-    jax.config.update("jax_platforms", "cpu")
     # No CUDA need be there, and no GPU to choose a Triton kernel's tiles with.
     os.environ |= {
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false",
     }
-    hosts, _, of_each = count[1:].rpartition("x")
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology=f"1x{hosts or 1}x{of_each}", target_config=gpu.describe()
-    )
-    return list(topology.devices)
+    return {"platform": "cuda", "topology": shape, "target_config": gpu.describe()}
 
 
 def _shapes(
@@ -298,8 +301,9 @@ def shapes_table(shapes: Sequence[Shape], state: TrainState, accumulation_steps:
     """One row for each padded shape: whether it fits, and how fast it can be at best. `state`: see `train_programs`."""
     header = "shape|for|pictures|residuals, GiB|peak, GiB|fits|spare, GiB|largest batch|bound, ms|with traffic, ms"
     chip = CHIPS.get(device.device_kind)
-    stats = None if chip else device.memory_stats()
-    available = chip.memory_gib * GIB if chip else (stats or {}).get("bytes_limit")
+    is_here = device in jax.local_devices() and device.platform != "tpu"
+    own = (device.memory_stats() or {}).get("bytes_limit") if is_here else None
+    available = own or (chip.memory_gib * GIB if chip else None)
     code = sum({id(c): c.code for shape in shapes for c in shape.programs.values() if c}.values())
     rows = []
     for shape_hw, batch, programs in shapes:

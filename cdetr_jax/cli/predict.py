@@ -287,12 +287,13 @@ def find_pictures(arguments: list[str], output: Any) -> list[tuple[Path | str, s
                     f"--output={output} is the folder of the pictures; name another one, such as {path / 'found'}"
                 )
             outside = own is None or not own.is_relative_to(path.resolve())
-            inside = [
+            files = [
                 file
-                for file in files_in(path, extensions, deep=True)
+                for file in files_in(path, (*extensions, *UNREAD), deep=True)
                 if outside or not file.resolve().is_relative_to(own)
             ]
-            if left_out := files_in(path, UNREAD, deep=True):
+            inside = [file for file in files if file.suffix.lower() in extensions]
+            if left_out := [file for file in files if file.suffix.lower() not in extensions]:
                 print(f"{path}: {len(left_out)} files cannot be read and are left out, the first is {left_out[0]}")
             if not inside:
                 raise FileNotFoundError(f"there are no pictures in the folder {path}")

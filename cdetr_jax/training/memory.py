@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxlib import _jax
 
 from cdetr_jax.training.parallel import Program, Trainer
 from cdetr_jax.training.step import TrainState
@@ -49,7 +48,8 @@ def compile_program(program: Program) -> Compiled | None:
             raise
         return None
     seconds = time.perf_counter() - start
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or _cost_without_device(program)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    cost = compiled.cost_analysis() or _cost_without_device(program.lowered, text)
     return Compiled(
         seconds=seconds,
         arguments=memory.argument_size_in_bytes,
@@ -59,18 +59,20 @@ def compile_program(program: Program) -> Compiled | None:
         code=memory.generated_code_size_in_bytes,
         flops=cost.get("flops", 0.0),
         moved=cost.get("bytes accessed", 0.0),
-        all_reduced=all_reduced_bytes(compiled.as_text()),
+        all_reduced=all_reduced_bytes(text),
     )
 
 
-def _cost_without_device(program: Program) -> dict[str, float]:
+def _cost_without_device(lowered: jax.stages.Lowered, text: str) -> dict[str, float]:
     """For a GPU that is not there, whose plugin counts nothing.
 
     FLOPs are those of the program before it is optimised: afterwards its calls of cuBLAS and cuDNN tell none.
     """
+    from jaxlib import _jax  # as `Lowered.cost_analysis` does for devices that are there
+
     client = jax.local_devices(backend="cpu")[0].client
-    flops = _jax.hlo_module_cost_analysis(client, program.lowered.compiler_ir("hlo").as_hlo_module())["flops"]
-    return {"flops": flops, "bytes accessed": moved_bytes(program.compiled.as_text())}
+    flops = _jax.hlo_module_cost_analysis(client, lowered.compiler_ir("hlo").as_hlo_module())["flops"]
+    return {"flops": flops, "bytes accessed": moved_bytes(text)}
 
 
 def moved_bytes(text: str) -> int:

@@ -150,7 +150,8 @@ class Mlflow:
         """It keeps both values of a step that comes again."""
 
     def close(self, end: str = "finished") -> None:
-        self._client.set_terminated(self._run_id, "KILLED" if end == "stopped" else end.upper())
+        status = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[end]
+        self._client.set_terminated(self._run_id, status)
 
 
 class _Elsewhere:
