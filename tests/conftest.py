@@ -26,6 +26,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
+from absl import logging
 from etils import epath
 from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFileSystem
@@ -45,6 +46,12 @@ LONGEST = ("test_parity.py", "test_loop.py", "test_cli.py", "test_weights.py", "
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process is left with one at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """Every test logs what it would alone: a command that ran in this process before has asked for more."""
+    logging.set_verbosity(logging.WARNING)
 
 
 class _ObjectStore(MemoryFileSystem):

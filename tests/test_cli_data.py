@@ -202,6 +202,7 @@ def test_devices_of_this_machine_are_counted(folder, monkeypatch):
 
 
 def test_a_step_is_cut_so_that_it_fits_the_memory(folder, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="absl")
     monkeypatch.setattr(data_flag, "_memory_of_a_device", lambda: 10 * 2**30)
     asked = []
     monkeypatch.setattr(data_flag, "parts_that_fit", lambda *given: asked.append(given) or (2, 5 * 2**30))

@@ -274,7 +274,7 @@ def test_skipped_pictures_are_replaced_by_the_next_readable_one(caplog):
     reading = _reading(on_error="skip", max_bad_fraction=0.2)
     expected = _take(_train(good), 12)
     batches = _train(damaged, reading)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="absl"):
         taken = _take(batches, 12)
     assert "on_error" not in caplog.text  # which is "skip" already
     assert batches.bad_files == {"picture-5.png", "picture-6.png", "picture-16.png"}
