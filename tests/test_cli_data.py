@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 
 from cdetr_jax import build
@@ -202,7 +203,7 @@ def test_devices_of_this_machine_are_counted(folder, monkeypatch):
 
 
 def test_a_step_is_cut_so_that_it_fits_the_memory(folder, monkeypatch, caplog):
-    caplog.set_level("INFO", logger="absl")
+    logging.set_verbosity(logging.INFO)
     monkeypatch.setattr(data_flag, "_memory_of_a_device", lambda: 10 * 2**30)
     asked = []
     monkeypatch.setattr(data_flag, "parts_that_fit", lambda *given: asked.append(given) or (2, 5 * 2**30))
