@@ -94,6 +94,7 @@ FIELDS = {
     "model.temperature": _number(1e9, but_not=(0,)),
     "model.norm_between_layers": _FLAG,
     "model.local_gain": _number(),
+    "model.attention": _one_of("einsum", "fused"),
     "model.matmul_precision": _one_of("default", "high", "highest"),
     "model.compute_dtype": _one_of("float32", "bfloat16"),
     "matcher.class_cost": _number(),

@@ -190,6 +190,7 @@ def test_the_published_values():
             "temperature": 10000.0,
             "local_gain": 0.0,
             "norm_between_layers": False,
+            "attention": "einsum",
             "matmul_precision": "default",
             "compute_dtype": "float32",
         },

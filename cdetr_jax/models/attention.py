@@ -89,14 +89,19 @@ def attend(
     is_pad: Bool[Array, "B S"] | None,
     dropout: float = 0.0,
     rng: Array | None = None,
+    form: str = "einsum",
 ) -> Float[Array, "B Q N e"]:
     """dropout(softmax(q k / sqrt(d))) v per head. `is_pad`: True = this key counts for nothing; no `rng`: no dropout.
 
     The scores are compared in at least float32 whatever the dtype. Nothing of their size is kept for the backward pass,
     which computes them again, and draws the same dropout from the same `rng` (as arXiv:2205.14135 does, section 3.1).
+
+    Args:
+      form: `einsum`, or `fused` (fused_attention.py), which on other devices than TPUs and NVIDIA's GPUs is the same.
     """
     # The precision is handed on: the backward pass is traced later, when the default may be another.
-    return _attend(q, k, v, is_pad, new_seed(rng, dropout), dropout, jax.config.jax_default_matmul_precision)
+    precision = jax.config.jax_default_matmul_precision
+    return _attend(q, k, v, is_pad, new_seed(rng, dropout), dropout, precision, form == "fused")
 
 
 def attention_scores(
@@ -114,39 +119,61 @@ def attention_scores(
     return scores if is_pad is None else jnp.where(is_pad[:, None, None, :], jnp.finfo(dtype).min, scores)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, is_pad, seed, dropout, precision):
-    return _attend_fwd(q, k, v, is_pad, seed, dropout, precision)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, is_pad, seed, dropout, precision, fused):
+    return _attend_fwd(q, k, v, is_pad, seed, dropout, precision, fused)[0]
 
 
-def _attend_fwd(q, k, v, is_pad, seed, dropout, precision):
+def _attend_fwd(q, k, v, is_pad, seed, dropout, precision, fused):
+    forward = functools.partial(_forward, dropout=dropout, precision=precision)
+    out, *statistics = _by_platform("forward", forward, fused, q, k, v, is_pad, seed)
+    return out, (q, k, v, is_pad, seed, out, *statistics)
+
+
+def _forward(q, k, v, is_pad, seed, *, dropout, precision):
     scores = attention_scores(q, k, is_pad, precision)
     largest = scores.max(-1)
     exponentials = jnp.exp(scores - largest[..., None])
     total = exponentials.sum(-1)
     weights = (exponentials / total[..., None]).astype(v.dtype)
     out = jnp.einsum("bnqs,bsne->bqne", _drop(weights, seed, dropout), v, precision=precision)
-    return out, (q, k, v, is_pad, seed, out, largest, total)
+    return out, largest, total
 
 
-def _attend_bwd(dropout, precision, residuals, ct):
-    q, k, v, is_pad, seed, out, largest, total = residuals
+def _attend_bwd(dropout, precision, fused, residuals, ct):
+    *given, out, largest, total = residuals
+    # The sum over s of weights * weights_ct, from what is there already.
+    mean = jnp.einsum("bqne,bqne->bnq", ct, out, preferred_element_type=largest.dtype, precision=precision)
+    backward = functools.partial(_backward, dropout=dropout, precision=precision)
+    return *_by_platform("backward", backward, fused, *given, largest, total, mean, ct), None, None
+
+
+def _backward(q, k, v, is_pad, seed, largest, total, mean, ct, *, dropout, precision):
     scores = attention_scores(q, k, is_pad, precision)
     weights = (jnp.exp(scores - largest[..., None]) / total[..., None]).astype(v.dtype)
     v_ct = jnp.einsum("bnqs,bqne->bsne", _drop(weights, seed, dropout), ct, precision=precision)
     weights_ct = jnp.einsum("bqne,bsne->bnqs", ct, v, preferred_element_type=scores.dtype, precision=precision)
-    # The sum over s of weights * weights_ct, from what is there already.
-    mean = jnp.einsum("bqne,bqne->bnq", ct, out, preferred_element_type=scores.dtype, precision=precision)
     scores_ct = weights * (_drop(weights_ct, seed, dropout) - mean[..., None])
     if is_pad is not None:
         scores_ct = jnp.where(is_pad[:, None, None, :], 0, scores_ct)
     scores_ct, scale = scores_ct.astype(q.dtype), q.shape[-1] ** -0.5
     q_ct = jnp.einsum("bnqs,bsnd->bqnd", scores_ct, k * scale, precision=precision)
     k_ct = jnp.einsum("bnqs,bqnd->bsnd", scores_ct, q * scale, precision=precision)
-    return q_ct, k_ct, v_ct, None, None
+    return q_ct, k_ct, v_ct
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _by_platform(name, einsums, fused, *arguments):
+    """`fused` and where there are kernels: the function of this name with the keywords of `einsums`; else that."""
+    if not fused:
+        return einsums(*arguments)
+    from cdetr_jax.models import fused_attention  # takes a third of a second
+
+    kernels = functools.partial(getattr(fused_attention, name), **einsums.keywords)
+    by_platform = {platform: functools.partial(kernels, platform=platform) for platform in ("tpu", "cuda")}
+    return jax.lax.platform_dependent(*arguments, default=einsums, **by_platform)
 
 
 def _drop(weights, seed, dropout):
@@ -158,6 +185,7 @@ class Attend(nn.Module):
 
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+    form: str = "einsum"
 
     @nn.compact
     def __call__(
@@ -172,7 +200,7 @@ class Attend(nn.Module):
         rng = self.make_rng("dropout") if train and self.dropout > 0 else None
         self.sow("intermediates", "q", q)
         self.sow("intermediates", "k", k)
-        out = attend(q, k, v, is_pad, self.dropout, rng)
+        out = attend(q, k, v, is_pad, self.dropout, rng, self.form)
         out = out.reshape(*out.shape[:2], -1)
         return Linear(out.shape[-1], bias_init=nn.initializers.zeros, dtype=self.dtype, name="out_proj")(out)
 
@@ -188,6 +216,7 @@ class MultiHeadAttention(nn.Module):
     num_heads: int
     dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
+    form: str = "einsum"
 
     @nn.compact
     def __call__(
@@ -203,6 +232,6 @@ class MultiHeadAttention(nn.Module):
         for name, x in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
             linear = Linear(x.shape[-1], packed_xavier_uniform, nn.initializers.zeros, self.dtype, name=name)
             heads.append(split_heads(linear(x), self.num_heads))
-        attend = Attend(self.dropout, self.dtype)
+        attend = Attend(self.dropout, self.dtype, self.form)
         nn.share_scope(self, attend)  # the output projection sits beside the others, as in PyTorch's module
         return attend(*heads, is_pad, train)

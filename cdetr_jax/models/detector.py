@@ -94,6 +94,8 @@ class DetectionTransformer(nn.Module):
     temperature: float = 10000.0  # of the sine embeddings; 20 (arXiv:2201.12329) suits small feature grids
     norm_between_layers: bool = False  # True: as transformers' port with auxiliary_loss, for weights trained there
     local_gain: float = 0.0  # 0: published initialisation; 6: attention starts near the reference points
+    # einsum | fused: as kernels that write no scores to memory, on TPUs and NVIDIA's GPUs; elsewhere the same.
+    attention: str = "einsum"
     # Of float32 products on accelerators: default (TF32 on a GPU, bfloat16 on a TPU: the fastest) | high | highest.
     matmul_precision: str = "default"
     dtype: DTypeLike = jnp.float32  # in a config `compute_dtype`: float32 | bfloat16
@@ -134,6 +136,7 @@ class DetectionTransformer(nn.Module):
             num_heads=self.num_heads,
             ffn_width=self.ffn_width,
             dropout=self.dropout,
+            attention=self.attention,
             reference_point=self.reference_point,
             spatial_query=self.spatial_query,
             transformation=self.transformation,

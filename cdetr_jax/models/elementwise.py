@@ -26,6 +26,11 @@ def is_kept(seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Bo
     for axis in reversed(range(len(shape))):
         position += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
         stride *= shape[axis]
+    return is_kept_at(position, seed, rate)
+
+
+def is_kept_at(position: UInt32[Array, "..."], seed: UInt32[Array, "2"], rate: float) -> Bool[Array, "..."]:
+    """The part of `is_kept` at these positions, counted from 0 in row-major order."""
     return _mixed(_mixed(position ^ seed[0]) ^ seed[1]) >= jnp.uint32(round(rate * 2**32))
 
 

@@ -51,6 +51,7 @@ class TransformerLayer(nn.Module):
     num_heads: int
     ffn_width: int
     dropout: float
+    attention: str
     dtype: DTypeLike
 
     def add_and_norm(self, name: str) -> AddAndNorm:
@@ -59,7 +60,7 @@ class TransformerLayer(nn.Module):
 
     def attend(self, name: str) -> MultiHeadAttention:
         """A standard attention called `name`."""
-        return MultiHeadAttention(self.num_heads, self.dropout, self.dtype, name=name)
+        return MultiHeadAttention(self.num_heads, self.dropout, self.dtype, self.attention, name=name)
 
     def feed_forward(self, x: Float[Array, "B S D"], train: bool) -> Float[Array, "B S D"]:
         """Two linear layers with ReLU and dropout between."""
@@ -135,7 +136,9 @@ class ConditionalDecoderLayer(TransformerLayer):
         q = linear("sa_qcontent_proj", x) + linear("sa_qpos_proj", query_pos)
         k = linear("sa_kcontent_proj", x) + linear("sa_kpos_proj", query_pos)
         v = linear("sa_v_proj", x)
-        y = Attend(self.dropout, self.dtype, name="self_attn")(heads(q), heads(k), heads(v), None, train)
+        y = Attend(self.dropout, self.dtype, self.attention, name="self_attn")(
+            heads(q), heads(k), heads(v), None, train
+        )
         c_q = self.add_and_norm("norm1")(x, y, train)
 
         position_init = _same_orthogonal(self.local_gain) if self.local_gain > 0 else xavier_uniform
@@ -149,7 +152,7 @@ class ConditionalDecoderLayer(TransformerLayer):
         q_pos = linear("ca_qpos_sine_proj", spatial_query(x, c_q), position_init)
         q = jnp.concatenate([heads(q_content), heads(q_pos)], axis=-1)
         k = jnp.concatenate([heads(k_content), heads(k_pos)], axis=-1)
-        y = Attend(self.dropout, self.dtype, name="cross_attn")(q, k, heads(v), is_pad, train)
+        y = Attend(self.dropout, self.dtype, self.attention, name="cross_attn")(q, k, heads(v), is_pad, train)
         x = self.add_and_norm("norm2")(c_q, y, train)
         return self.add_and_norm("norm3")(x, self.feed_forward(x, train), train)
 
@@ -246,7 +249,7 @@ class Transformer(nn.Module):
         identity, so that `p_q.p_k` is highest at the query's reference point from the first step on.
       norm_between_layers: each decoder layer reads the normalised output of the one before, and the last output is
         normalised twice. Not as published: the form of weights that transformers trained with `auxiliary_loss`.
-      width, num_heads, ffn_width, dropout, dtype: of every layer.
+      width, num_heads, ffn_width, dropout, attention, dtype: of every layer; `attention` as `form` of `attend`.
     """
 
     decoder: str
@@ -257,6 +260,7 @@ class Transformer(nn.Module):
     num_heads: int
     ffn_width: int
     dropout: float
+    attention: str
     reference_point: str
     spatial_query: str
     transformation: str
@@ -280,6 +284,7 @@ class Transformer(nn.Module):
             "num_heads": self.num_heads,
             "ffn_width": self.ffn_width,
             "dropout": self.dropout,
+            "attention": self.attention,
             "dtype": self.dtype,
         }
         memory = features

@@ -24,7 +24,7 @@ from cdetr_jax.weights import architecture, torch_files
 from cdetr_jax.weights.torch_convert import BACKBONE, Layout, from_torch, layout_of
 
 # Fields of config.model that the weights do not depend on: a config may set them as it likes.
-FREE_FIELDS = ("dropout", "frozen_stages", "compute_dtype", "matmul_precision")
+FREE_FIELDS = ("dropout", "frozen_stages", "compute_dtype", "matmul_precision", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
