@@ -20,6 +20,7 @@ from cdetr_jax.evaluation.postprocess import postprocess
 from cdetr_jax.losses.criterion import LossSettings, criterion
 from cdetr_jax.matching.assign import assign
 from cdetr_jax.matching.cost import CostSettings, matching_cost
+from cdetr_jax.models import fused_attention
 from cdetr_jax.models.detector import DetectionTransformer, padding_mask
 from cdetr_jax.models.resnet import frozen_modules
 from cdetr_jax.structs import Batch, Counts, Losses, Match, Targets
@@ -189,6 +190,18 @@ def test_every_stage_of_the_forward_pass(case, stages):
     assert_stages(case, stages, FORWARD)
 
 
+@pytest.fixture
+def fused(case, monkeypatch):
+    """The case with the fused attention, whose kernels run as plain JAX."""
+    monkeypatch.setattr(fused_attention, "PLATFORMS", ("cpu",))
+    return case._replace(model=case.model.clone(attention="fused"))
+
+
+@longer_cases
+def test_every_stage_of_the_forward_pass_with_fused_attention(fused):
+    assert_stages(fused, run_stages(fused, fused.variables), FORWARD)
+
+
 @longer_cases
 def test_the_forward_pass_in_float32(case):
     with jax.enable_x64(False):
@@ -317,7 +330,18 @@ def first_step(case):
 
 @longer_cases
 def test_the_gradient_of_every_tensor(case, first_step):
-    norms = by_official_name(of_the_device(first_step.grads))
+    assert_gradients(case, first_step.grads)
+
+
+@pytest.mark.slow
+@longer_cases
+def test_the_gradient_of_every_tensor_with_fused_attention(fused):
+    trainer, state = start(fused, fused.variables)
+    assert_gradients(fused, gradients(trainer, trainer.replicate(state), trainer.put(fused.batch))[0])
+
+
+def assert_gradients(case, grads):
+    norms = by_official_name(of_the_device(grads))
     trainable = list(map(str, case.expected["trainable"]))
     noise = GRADIENT_NOISE * case.expected["grad_global_norm_0"]
     for name, norm in zip(trainable, case.expected["grad_norms"], strict=True):

@@ -172,7 +172,7 @@ def _by_platform(name, einsums, fused, *arguments):
     from cdetr_jax.models import fused_attention  # takes a third of a second
 
     kernels = functools.partial(getattr(fused_attention, name), **einsums.keywords)
-    by_platform = {platform: functools.partial(kernels, platform=platform) for platform in ("tpu", "cuda")}
+    by_platform = {platform: functools.partial(kernels, platform=platform) for platform in fused_attention.PLATFORMS}
     return jax.lax.platform_dependent(*arguments, default=einsums, **by_platform)
 
 

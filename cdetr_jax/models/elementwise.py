@@ -5,6 +5,7 @@ for `jax.nn.relu` a mask and a whole array of zeros beside the output that the n
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,8 @@ def is_kept(seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Bo
     return is_kept_at(position, seed, rate)
 
 
-def is_kept_at(position: UInt32[Array, "..."], seed: UInt32[Array, "2"], rate: float) -> Bool[Array, "..."]:
-    """The part of `is_kept` at these positions, counted from 0 in row-major order."""
+def is_kept_at(position: UInt32[Array, "..."], seed: Any, rate: float) -> Bool[Array, "..."]:
+    """The part of `is_kept` at these positions, counted from 0 in row-major order. `seed`: also as a kernel has it."""
     return _mixed(_mixed(position ^ seed[0]) ^ seed[1]) >= jnp.uint32(round(rate * 2**32))
 
 

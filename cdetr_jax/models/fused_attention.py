@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from cdetr_jax.models.elementwise import is_kept_at, keep
 
+PLATFORMS = ("tpu", "cuda")  # of devices that run the kernels; those of AMD have not been tried
+
 
 class _Settings(NamedTuple):
     """What all kernels know.
@@ -60,7 +62,9 @@ def forward(
     queries, keys = _queries_and_keys(q, k, v, is_pad, settings)
     of_query = jax.ShapeDtypeStruct((*queries[0].shape[:2], 1, queries[0].shape[-1]), settings.dtype)
     out = jax.ShapeDtypeStruct((*keys[1].shape[:3], queries[0].shape[-1]), v.dtype)
-    out, largest, total = _run(_forward_kernel, "queries", seed, queries, keys, [out, of_query, of_query], settings)
+    products = q.shape[-1] + v.shape[-1]
+    outputs = [out, of_query, of_query]
+    out, largest, total = _run(_forward_kernel, "queries", seed, queries, keys, outputs, products, settings)
     return _heads_last(out, q.shape[1], v.shape[-1]), largest[:, :, 0, : q.shape[1]], total[:, :, 0, : q.shape[1]]
 
 
@@ -85,8 +89,9 @@ def backward(
     for x, padding in ((largest, 0), (total, 1), (mean, 0)):
         queries.append(jnp.pad(x[:, :, None], ((0, 0), (0, 0), (0, 0), (0, more)), constant_values=padding))
     queries.append(_heads_first(ct, settings.queries))
-    (q_ct,) = _run(_queries_kernel, "queries", seed, queries, keys, queries[:1], settings)
-    k_ct, v_ct = _run(_keys_kernel, "keys", seed, queries, keys, keys[:2], settings)
+    products = 2 * q.shape[-1] + v.shape[-1]
+    (q_ct,) = _run(_queries_kernel, "queries", seed, queries, keys, queries[:1], products, settings)
+    k_ct, v_ct = _run(_keys_kernel, "keys", seed, queries, keys, keys[:2], products + v.shape[-1], settings)
     return (
         _heads_last(q_ct, *q.shape[1::2]) * q.shape[-1] ** -0.5,
         _heads_last(k_ct, *k.shape[1::2]),
@@ -121,14 +126,14 @@ def _up(size: int, multiple: int) -> int:
     return pl.cdiv(size, multiple) * multiple
 
 
-def _heads_first(x: Float[Array, "B L N d"], block: int) -> Float[Array, "B N d L"]:
+def _heads_first(x: Float[Array, "B L N d"], block: int) -> Float[Array, "B N D P"]:
     """Whole blocks, and as many features as Triton can multiply: a power of two, at least 16; zeros are added."""
     size, features = x.shape[1::2]
     more = max(16, pl.next_power_of_2(features)) - features, _up(size, block) - size
     return jnp.pad(x.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, more[0]), (0, more[1])))
 
 
-def _heads_last(x: Float[Array, "B N d L"], size: int, features: int) -> Float[Array, "B L N d"]:
+def _heads_last(x: Float[Array, "B N D P"], size: int, features: int) -> Float[Array, "B L N d"]:
     """Undoes `_heads_first`."""
     return x[:, :, :features, :size].transpose(0, 3, 1, 2)
 
@@ -150,9 +155,13 @@ def _run(
     queries: Sequence[Array],
     keys: Sequence[Array],
     outputs: Sequence[jax.ShapeDtypeStruct | Array],
+    products: int,
     settings: _Settings,
 ) -> Sequence[Array]:
-    """The kernel for each picture, head and block of what it is `over`; of the other side it gets all."""
+    """The kernel for each picture, head and block of what it is `over`; of the other side it gets all.
+
+    `outputs`: their shapes; `products`: to add up for every score.
+    """
 
     def spec(x: Any, block: int | None) -> pl.BlockSpec:
         if x.shape[-1] == 1:  # the bias, of all heads: as a column it is added to all queries
@@ -165,6 +174,12 @@ def _run(
     on_tpu = settings.platform == "tpu"
     seed = jnp.zeros(2, jnp.uint32) if seed is None else seed
     inputs = [*((x, of_queries) for x in queries), *((x, of_keys) for x in keys)]
+    scores = keys[0].shape[0] * settings.num_heads * settings.num_queries * settings.num_keys
+    cost = pl.CostEstimate(
+        flops=2 * products * scores,
+        transcendentals=scores,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*queries, *keys, *outputs)),
+    )
     return pl.pallas_call(
         functools.partial(kernel, settings=settings),
         grid=(*queries[0].shape[:2], length),
@@ -175,6 +190,7 @@ def _run(
         out_specs=[spec(x, of_queries or of_keys) for x in outputs],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2) if settings.platform == "cuda" else None,
+        cost_estimate=cost,
         interpret=settings.platform == "cpu",
     )(seed, *(x for x, _ in inputs))
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.extend.core
 
 from cdetr_jax.training.parallel import Program, Trainer
 from cdetr_jax.training.step import TrainState
@@ -49,7 +50,7 @@ def compile_program(program: Program) -> Compiled | None:
         return None
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    cost = compiled.cost_analysis() or _cost_without_device(program.lowered, text)
+    cost = compiled.cost_analysis() or _cost_without_device(program, text)
     return Compiled(
         seconds=seconds,
         arguments=memory.argument_size_in_bytes,
@@ -63,16 +64,30 @@ def compile_program(program: Program) -> Compiled | None:
     )
 
 
-def _cost_without_device(lowered: jax.stages.Lowered, text: str) -> dict[str, float]:
+def _cost_without_device(program: Program, text: str) -> dict[str, float]:
     """For a GPU that is not there, whose plugin counts nothing.
 
-    FLOPs are those of the program before it is optimised: afterwards its calls of cuBLAS and cuDNN tell none.
+    FLOPs are those of the program before it is optimised, as afterwards its calls of cuBLAS and cuDNN tell none, and
+    those that our own kernels tell.
     """
     from jaxlib import _jax  # as `Lowered.cost_analysis` does for devices that are there
 
     client = jax.local_devices(backend="cpu")[0].client
-    flops = _jax.hlo_module_cost_analysis(client, lowered.compiler_ir("hlo").as_hlo_module())["flops"]
+    flops = _jax.hlo_module_cost_analysis(client, program.lowered.compiler_ir("hlo").as_hlo_module())["flops"]
+    flops += _kernels_flops(program.traced.jaxpr.jaxpr)
     return {"flops": flops, "bytes accessed": moved_bytes(text)}
+
+
+def _kernels_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """Of all Pallas kernels that are called."""
+    flops = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            flops += equation.params["cost_estimate"].flops
+        else:  # one of the branches of a choice, such as that of the platform
+            inner = [_kernels_flops(jaxpr) for jaxpr in jax.extend.core.jaxprs_in_params(equation.params)]
+            flops += max(inner, default=0) if equation.primitive.name == "cond" else sum(inner)
+    return flops
 
 
 def moved_bytes(text: str) -> int:

@@ -86,9 +86,14 @@ class Program:
     arguments: tuple[Any, ...]
 
     @functools.cached_property
+    def traced(self) -> jax.stages.Traced:
+        """Not compiled yet."""
+        return self.function.trace(*self.arguments)
+
+    @functools.cached_property
     def lowered(self) -> jax.stages.Lowered:
-        """Traced only."""
-        return self.function.lower(*self.arguments)
+        """For its devices, not compiled yet either."""
+        return self.traced.lower()
 
     @property
     def compiled(self) -> jax.stages.Compiled:

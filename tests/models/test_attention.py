@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cdetr_jax.models import fused_attention
 from cdetr_jax.models.attention import Linear, attend
 from cdetr_jax.models.elementwise import is_kept, new_seed
 
@@ -13,9 +14,10 @@ DROPOUT = 0.25
 IS_PAD = jnp.arange(S)[None] >= jnp.array([[S], [4]])
 
 
-def inputs(dtype, queries=Q):
+def inputs(dtype, queries=Q, keys=S, widths=(D, E)):
     rng = np.random.default_rng(0)
-    return [jnp.array(rng.normal(size=shape), dtype) for shape in ((B, queries, N, D), (B, S, N, D), (B, S, N, E))]
+    shapes = (queries, N, widths[0]), (keys, N, widths[0]), (keys, N, widths[1])
+    return [jnp.array(rng.normal(size=(B, *shape)), dtype) for shape in shapes]
 
 
 def plain(q, k, v, is_pad, rng):
@@ -41,6 +43,56 @@ def test_values_and_gradients(is_pad, seed):
         ct = jnp.array(np.random.default_rng(1).normal(size=value.shape))
         for actual, wanted in zip((value, *pullback(ct)), (expected, *expected_pullback(ct)), strict=True):
             np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-13)
+
+
+MANY = {"queries": 70, "keys": 150, "widths": (24, 32)}  # blocks of 64, widths of powers of two
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Those of the fused attention, as plain JAX."""
+    monkeypatch.setattr(fused_attention, "PLATFORMS", ("cpu",))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("padded", "seed"), [(0, None), (50, 1), (150, 1)], ids=["whole", "padded_dropout", "all_padding_dropout"]
+)
+def test_fused_attention_is_the_same(kernels, padded, seed, dtype):
+    is_pad = jnp.arange(150)[None] >= jnp.array([[150], [150 - padded]]) if padded else None
+    with jax.enable_x64(True):
+        rng = None if seed is None else jax.random.key(seed, impl="rbg")
+        arguments = inputs(dtype, **MANY)
+        results = []
+        for form in ("einsum", "fused"):
+            value, pullback = jax.vjp(lambda q, k, v, f=form: attend(q, k, v, is_pad, DROPOUT, rng, f), *arguments)
+            ct = jnp.array(np.random.default_rng(1).normal(size=value.shape), dtype)
+            results.append((value, *pullback(ct)))
+        for expected, actual in zip(*results, strict=True):
+            assert actual.dtype == dtype
+            error = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)
+            # The einsums round the weights and their cotangents to bfloat16, 0.004; the kernels sum in float32.
+            bound = 1e-13 if dtype == jnp.float64 else 0.01
+            assert np.linalg.norm(error) <= bound * np.linalg.norm(np.asarray(expected, np.float64))
+
+
+def kernels_in(jaxpr):
+    """How many Pallas kernels it calls."""
+    return str(jaxpr).count("pallas_call[")
+
+
+def test_fused_attention_is_made_of_kernels_where_there_are_some(monkeypatch):
+    def gradients(*arguments):
+        value, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, IS_PAD, form="fused"), *arguments)
+        return pullback(value)
+
+    arguments = inputs(jnp.float32)
+    assert jax.jit(gradients).trace(*arguments).lower().compile()(*arguments)  # the einsums of a CPU
+    for platform in fused_attention.PLATFORMS:
+        program = jax.jit(gradients).trace(*arguments)
+        assert kernels_in(program.jaxpr) == 3 * len(fused_attention.PLATFORMS)
+        target = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}[platform]
+        assert program.lower(lowering_platforms=(platform,)).as_text().count(target) == 3
 
 
 def test_a_picture_that_is_all_padding_looks_at_everything_alike():
