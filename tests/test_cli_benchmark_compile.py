@@ -211,19 +211,22 @@ def test_without_pictures_it_says_how_to_name_shapes(capsys, stand_in):
 
 @pytest.mark.chips
 @pytest.mark.parametrize(
-    ("topology", "package", "batch"),
+    ("topology", "package", "batch", "attention"),
     [
-        ("v5e:2x2", "libtpu", 2),
-        ("h100:8", "jax_cuda12_plugin", 64),  # of 2 pictures a GPU's bound rounds to 0
-        ("a100", "jax_cuda12_plugin", 64),
-        ("l4", "jax_cuda12_plugin", 64),
+        ("v5e:2x2", "libtpu", 2, "einsum"),
+        ("v5e:2x2", "libtpu", 2, "fused"),
+        ("h100:8", "jax_cuda12_plugin", 64, "einsum"),  # of 2 pictures a GPU's bound rounds to 0
+        ("h100:8", "jax_cuda12_plugin", 64, "fused"),
+        ("a100", "jax_cuda12_plugin", 64, "fused"),
+        ("l4", "jax_cuda12_plugin", 64, "fused"),
     ],
 )
-def test_the_demo_on_chips_that_are_not_there(topology, package, batch):
+def test_the_demo_on_chips_that_are_not_there(topology, package, batch, attention):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}: make test-chips")
     arguments = [f"--topology={topology}", f"--batch={batch}", "--shapes=96x96"]
-    command = [sys.executable, "-m", "cdetr_jax", *COMMAND, *arguments, "--config.model.compute_dtype=bfloat16"]
+    model = ["--config.model.compute_dtype=bfloat16", f"--config.model.attention={attention}"]
+    command = [sys.executable, "-m", "cdetr_jax", *COMMAND, *arguments, *model]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     programs, shapes = tables(done.stdout)

@@ -76,23 +76,15 @@ def test_fused_attention_is_the_same(kernels, padded, seed, dtype):
             assert np.linalg.norm(error) <= bound * np.linalg.norm(np.asarray(expected, np.float64))
 
 
-def kernels_in(jaxpr):
-    """How many Pallas kernels it calls."""
-    return str(jaxpr).count("pallas_call[")
-
-
-def test_fused_attention_is_made_of_kernels_where_there_are_some(monkeypatch):
+def test_fused_attention_is_made_of_kernels_where_there_are_some():
     def gradients(*arguments):
         value, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, IS_PAD, form="fused"), *arguments)
         return pullback(value)
 
-    arguments = inputs(jnp.float32)
-    assert jax.jit(gradients).trace(*arguments).lower().compile()(*arguments)  # the einsums of a CPU
-    for platform in fused_attention.PLATFORMS:
-        program = jax.jit(gradients).trace(*arguments)
-        assert kernels_in(program.jaxpr) == 3 * len(fused_attention.PLATFORMS)
-        target = {"tpu": "tpu_custom_call", "cuda": "__gpu$xla.gpu.triton"}[platform]
-        assert program.lower(lowering_platforms=(platform,)).as_text().count(target) == 3
+    program = jax.jit(gradients).trace(*inputs(jnp.float32))
+    assert str(program.jaxpr).count("pallas_call[") == 3 * len(fused_attention.PLATFORMS)
+    assert program.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3
+    assert "custom_call" not in program.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_a_picture_that_is_all_padding_looks_at_everything_alike():
