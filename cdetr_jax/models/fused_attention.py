@@ -1,7 +1,8 @@
 """Attention whose scores never leave the chip, for TPUs and NVIDIA GPUs: `attend` of attention.py as Pallas kernels.
 
 FlashAttention-2 (arXiv:2307.08691): each kernel goes through the scores of one head in blocks, and writes none of them
-to memory. A block has the keys in its rows and the queries in its columns; q, k and v have their features in rows.
+to memory. It has one block of queries (or of keys), the rows of its scores, and loops over the keys (the queries), the
+columns. All arrays come with their features in rows, so that they fill a TPU's lanes.
 """
 
 import functools
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, UInt32
 
-from cdetr_jax.models.elementwise import is_kept_at, keep
+from cdetr_jax.models.elementwise import is_kept_at
 
 PLATFORMS = ("tpu", "cuda")  # of devices that run the kernels; those of AMD have not been tried
 
@@ -39,6 +41,11 @@ class _Settings(NamedTuple):
     precision: str | None
     dtype: DTypeLike
     platform: str
+
+    @property
+    def gain(self) -> float:
+        """Of what dropout keeps."""
+        return 1 / (1 - self.dropout)
 
 
 def forward(
@@ -86,17 +93,15 @@ def backward(
     settings = _settings(q, k, seed, dropout, precision, platform)
     queries, keys = _queries_and_keys(q, k, v, is_pad, settings)
     more = queries[0].shape[-1] - q.shape[1]
-    for x, padding in ((largest, 0), (total, 1), (mean, 0)):
-        queries.append(jnp.pad(x[:, :, None], ((0, 0), (0, 0), (0, 0), (0, more)), constant_values=padding))
-    queries.append(_heads_first(ct, settings.queries))
+    queries += [jnp.pad(x[:, :, None], ((0, 0), (0, 0), (0, 0), (0, more))) for x in (largest, 1 / total, mean)]
+    queries.append(_heads_first(ct * settings.gain, settings.queries))
     products = 2 * q.shape[-1] + v.shape[-1]
     (q_ct,) = _run(_queries_kernel, "queries", seed, queries, keys, queries[:1], products, settings)
     k_ct, v_ct = _run(_keys_kernel, "keys", seed, queries, keys, keys[:2], products + v.shape[-1], settings)
-    return (
-        _heads_last(q_ct, *q.shape[1::2]) * q.shape[-1] ** -0.5,
-        _heads_last(k_ct, *k.shape[1::2]),
-        _heads_last(v_ct, *v.shape[1::2]),
-    )
+    q_ct, k_ct, v_ct = (_heads_last(x_ct, *x.shape[1::2]) for x_ct, x in ((q_ct, q), (k_ct, k), (v_ct, v)))
+    if is_pad is not None:  # the weights of padding are 0, but in a picture that is nothing else
+        q_ct, k_ct = (jnp.where(is_pad.all(1)[:, None, None, None], 0, x) for x in (q_ct, k_ct))
+    return q_ct * q.shape[-1] ** -0.5, k_ct, v_ct
 
 
 def _settings(q, k, seed, dropout, precision, platform) -> _Settings:
@@ -145,7 +150,7 @@ def _queries_and_keys(q, k, v, is_pad, settings: _Settings) -> tuple[list[Array]
         bias = jnp.where(is_pad, jnp.finfo(settings.dtype).min, bias)
     k_, v_ = _heads_first(k, settings.keys), _heads_first(v, settings.keys)
     bias = jnp.pad(bias, ((0, 0), (0, k_.shape[-1] - k.shape[1])), constant_values=-jnp.inf)
-    return [_heads_first(q * q.shape[-1] ** -0.5, settings.queries)], [k_, v_, bias[:, None, :, None]]
+    return [_heads_first(q * q.shape[-1] ** -0.5, settings.queries)], [k_, v_, bias[:, None, None]]
 
 
 def _run(
@@ -164,9 +169,9 @@ def _run(
     """
 
     def spec(x: Any, block: int | None) -> pl.BlockSpec:
-        if x.shape[-1] == 1:  # the bias, of all heads: as a column it is added to all queries
-            return pl.BlockSpec((None, None, block or x.shape[2], 1), lambda b, n, i: (b, 0, i if block else 0, 0))
-        return pl.BlockSpec((None, None, x.shape[2], block or x.shape[3]), lambda b, n, i: (b, n, 0, i if block else 0))
+        of_all_heads = x.shape[1] == 1
+        shape = None, None, x.shape[2], block or x.shape[3]
+        return pl.BlockSpec(shape, lambda b, n, i: (b, 0 if of_all_heads else n, 0, i if block else 0))
 
     of_queries = settings.queries if over == "queries" else None
     of_keys = settings.keys if over == "keys" else None
@@ -196,89 +201,96 @@ def _run(
 
 
 def _forward_kernel(seed, q, k, v, bias, out, largest, total, *, settings):
-    block = _Block(seed, settings)
-    queries = pl.program_id(2)
+    scores_of = _Scores(seed, settings, settings.queries, settings.keys, queries_axis=0)
     q = q[...]
 
     def add(i, carry):
         sums, largest, total = carry
         keys = pl.ds(i * settings.keys, settings.keys)
-        scores = block.dot(k[:, keys], q, 0, 0) + bias[keys, :]
-        higher = jnp.maximum(largest, scores.max(0, keepdims=True))
-        weights, shrunk = jnp.exp(scores - higher), jnp.exp(largest - higher)
-        total = total * shrunk + weights.sum(0, keepdims=True)
-        weights = block.drop(i, queries, weights)[0].astype(v.dtype)
-        return sums * shrunk + block.dot(v[:, keys], weights, 1, 0), higher, total
+        scores = scores_of.products(q, k[:, keys]) + bias[:, keys]
+        higher = jnp.maximum(largest, scores.max(1, keepdims=True))
+        weights, shrunk = scores_of.exp(scores - higher), scores_of.exp(largest - higher)
+        total = total * shrunk + weights.sum(1, keepdims=True)
+        (weights,) = scores_of.drop(i, weights)
+        return sums * shrunk + scores_of.sums(weights, v[:, keys]), higher, total
 
-    row = jnp.zeros(largest.shape, settings.dtype)
-    start = jnp.zeros(out.shape, settings.dtype), row - jnp.inf, row
-    sums, largest[...], total[...] = jax.lax.fori_loop(0, k.shape[1] // settings.keys, add, start)
-    out[...] = (sums / total[...]).astype(out.dtype)
+    column = jnp.zeros((settings.queries, 1), settings.dtype)
+    start = jnp.zeros(out.shape[::-1], settings.dtype), column - jnp.inf, column
+    sums, highest, sum_of_all = jax.lax.fori_loop(0, k.shape[1] // settings.keys, add, start)
+    out[...] = (sums * (settings.gain / sum_of_all)).T.astype(out.dtype)
+    largest[...], total[...] = highest.T, sum_of_all.T
 
 
-def _queries_kernel(seed, q, largest, total, mean, ct, k, v, bias, q_ct, *, settings):
-    block = _Block(seed, settings)
-    queries = pl.program_id(2)
-    of_queries = q[...], largest[...], total[...], mean[...], ct[...]
+def _queries_kernel(seed, q, largest, inverse, mean, ct, k, v, bias, q_ct, *, settings):
+    scores_of = _Scores(seed, settings, settings.queries, settings.keys, queries_axis=0)
+    q, ct = q[...], ct[...]
+    largest, inverse, mean = largest[...].T, inverse[...].T, mean[...].T
 
     def add(i, q_ct):
         keys = pl.ds(i * settings.keys, settings.keys)
-        of_keys = k[:, keys], v[:, keys], bias[keys, :]
-        return q_ct + block.dot(of_keys[0], block.cotangents(i, queries, of_queries, of_keys)[1], 1, 0)
+        k_ = k[:, keys]
+        weights = scores_of.exp(scores_of.products(q, k_) + bias[:, keys] - largest) * inverse
+        (weights_ct,) = scores_of.drop(i, scores_of.products(ct, v[:, keys]))
+        return q_ct + scores_of.sums(weights * (weights_ct - mean), k_)
 
-    start = jnp.zeros(q.shape, settings.dtype)
-    q_ct[...] = jax.lax.fori_loop(0, k.shape[1] // settings.keys, add, start).astype(q_ct.dtype)
+    sums = jax.lax.fori_loop(0, k.shape[1] // settings.keys, add, jnp.zeros(q.shape[::-1], settings.dtype))
+    q_ct[...] = sums.T.astype(q_ct.dtype)
 
 
-def _keys_kernel(seed, q, largest, total, mean, ct, k, v, bias, k_ct, v_ct, *, settings):
-    block = _Block(seed, settings)
-    keys = pl.program_id(2)
-    of_keys = k[...], v[...], bias[...]
+def _keys_kernel(seed, q, largest, inverse, mean, ct, k, v, bias, k_ct, v_ct, *, settings):
+    scores_of = _Scores(seed, settings, settings.keys, settings.queries, queries_axis=1)
+    k, v, bias = k[...], v[...], bias[...].T
 
     def add(i, carry):
+        k_ct, v_ct = carry
         queries = pl.ds(i * settings.queries, settings.queries)
-        of_queries = [x[:, queries] for x in (q, largest, total, mean, ct)]
-        weights, scores_ct = block.cotangents(keys, i, of_queries, of_keys)
-        return (
-            carry[0] + block.dot(of_queries[0], scores_ct, 1, 1),
-            carry[1] + block.dot(of_queries[-1], weights, 1, 1),
-        )
+        q_, ct_ = q[:, queries], ct[:, queries]
+        weights = scores_of.exp(scores_of.products(k, q_) + bias - largest[:, queries]) * inverse[:, queries]
+        dropped, weights_ct = scores_of.drop(i, weights, scores_of.products(v, ct_))
+        scores_ct = weights * (weights_ct - mean[:, queries])
+        return k_ct + scores_of.sums(scores_ct, q_), v_ct + scores_of.sums(dropped, ct_)
 
-    start = jnp.zeros(k.shape, settings.dtype), jnp.zeros(v.shape, settings.dtype)
+    start = jnp.zeros(k.shape[::-1], settings.dtype), jnp.zeros(v.shape[::-1], settings.dtype)
     sums = jax.lax.fori_loop(0, q.shape[1] // settings.queries, add, start)
-    k_ct[...], v_ct[...] = sums[0].astype(k_ct.dtype), sums[1].astype(v_ct.dtype)
+    k_ct[...], v_ct[...] = sums[0].T.astype(k_ct.dtype), sums[1].T.astype(v_ct.dtype)
 
 
-class _Block:
-    """One block of scores, [keys, queries], of the kernel's picture and head."""
+class _Scores:
+    """Blocks of the scores of the kernel's picture and head, of the kernel's rows and any columns."""
 
-    def __init__(self, seed, settings):
+    def __init__(self, seed, settings, rows, columns, queries_axis):
         self.seed, self.settings = seed, settings
+        self.shape, self.queries_axis = (rows, columns), queries_axis
         self.head = pl.program_id(0) * settings.num_heads + pl.program_id(1)
+        self.first_row = pl.program_id(2) * rows
 
-    def dot(self, a, b, axis_a, axis_b):
-        """The product over an axis of each."""
-        axes = ((axis_a,), (axis_b,)), ((), ())
+    def dot(self, a, b, axis):
+        """The product over this axis of both."""
+        axes = ((axis,), (axis,)), ((), ())
         return jax.lax.dot_general(a, b, axes, self.settings.precision, self.settings.dtype)
 
-    def drop(self, keys, queries, *blocks):
-        """Dropout with the mask of `is_kept`, the keys'th and queries'th block of it."""
+    def products(self, of_rows, of_columns):
+        """Of each row's features with each column's."""
+        return self.dot(of_rows, of_columns, 0)
+
+    def sums(self, weights, of_columns):
+        """Of the columns' features by weight, for each row."""
+        return self.dot(weights.astype(of_columns.dtype), of_columns, 1)
+
+    def exp(self, x):
+        """exp(x). A GPU computes powers of 2, and `jnp.exp` there is twice as many instructions around one."""
+        return jnp.exp(x) if self.settings.platform == "tpu" else jnp.exp2(x * np.log2(np.e).item())
+
+    def drop(self, i, *blocks):
+        """What `is_kept` keeps of the i-th block of columns, not yet scaled by `gain`; 0 elsewhere."""
         settings = self.settings
         if not settings.dropout:
             return blocks
-        first = keys * settings.keys, queries * settings.queries
-        key, query = (
-            jax.lax.broadcasted_iota(jnp.uint32, blocks[0].shape, axis) + jnp.asarray(first[axis], jnp.uint32)
-            for axis in (0, 1)
-        )
-        position = (self.head.astype(jnp.uint32) * settings.num_queries + query) * settings.num_keys + key
+        first = self.first_row, i * self.shape[1]
+        number = [
+            jax.lax.broadcasted_iota(jnp.uint32, self.shape, axis) + jnp.asarray(first[axis], jnp.uint32)
+            for axis in (self.queries_axis, 1 - self.queries_axis)
+        ]
+        position = (self.head.astype(jnp.uint32) * settings.num_queries + number[0]) * settings.num_keys + number[1]
         kept = is_kept_at(position, self.seed, settings.dropout)
-        return [keep(x, kept, settings.dropout) for x in blocks]
-
-    def cotangents(self, keys, queries, of_queries, of_keys):
-        """The weights after dropout, and the cotangent of the scores."""
-        (q, largest, total, mean, ct), (k, v, bias) = of_queries, of_keys
-        weights = jnp.exp(self.dot(k, q, 0, 0) + bias - largest) / total
-        dropped, weights_ct = self.drop(keys, queries, weights, self.dot(v, ct, 0, 0))
-        scores_ct = jnp.where(bias < 0, 0, weights * (weights_ct - mean))
-        return dropped.astype(v.dtype), scores_ct.astype(q.dtype)
+        return [jnp.where(kept, x, 0) for x in blocks]
