@@ -2,6 +2,7 @@
 # make test: the default test suite.
 # make test-processes: tests with several real processes, minutes long.
 # make test-chaos: many faults in a run of two processes, minutes long.
+# make test-kernels: the fused attention on this machine's GPU or TPU; .venv needs JAX for it, as "jax[cuda12]".
 # make test-chips: compiles the demo for a TPU and for GPUs, without any, in an environment of its own (1.2 GB more).
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ DEMO ?= runs/demo
 DEMO_FLAGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow test-processes test-chaos test-chips lint clean
+.PHONY: demo test test-slow test-processes test-chaos test-kernels test-chips lint clean
 
 # The environment is made anew when what it is made from has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,6 +44,10 @@ test-processes: $(VENV)/.installed-test
 
 test-chaos: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m chaos -rP
+
+test-kernels: $(VENV)/.installed-test
+	$(BIN)/python -c "import jax; exit(jax.default_backend() == 'cpu' and 'JAX finds no GPU or TPU')"
+	TESTS_ON= JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest tests/models/test_attention.py -k fused
 
 test-chips:
 	$(PYTHON) -m venv $(VENV)-chips

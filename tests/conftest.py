@@ -32,7 +32,7 @@ from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFileSystem
 from jaxtyping import install_import_hook
 
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("TESTS_ON", "cpu"))  # "": on what there is
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Where one device's arrays are computed with. Elsewhere records also hold all devices' arrays, or shapes alone.
 install_import_hook(

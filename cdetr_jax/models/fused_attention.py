@@ -113,8 +113,8 @@ def _settings(q, k, seed, dropout, precision, platform) -> _Settings:
         num_heads=q.shape[2],
         num_queries=q.shape[1],
         num_keys=k.shape[1],
-        queries=_block(q.shape[1], platform),
-        keys=_block(k.shape[1], platform),
+        queries=_block(q.shape[1], q.shape[-1], platform),
+        keys=_block(k.shape[1], q.shape[-1], platform),
         dropout=0.0 if seed is None else dropout,
         precision=precision,
         dtype=jnp.promote_types(q.dtype, jnp.float32),
@@ -122,9 +122,11 @@ def _settings(q, k, seed, dropout, precision, platform) -> _Settings:
     )
 
 
-def _block(size: int, platform: str) -> int:
-    """Triton wants a power of two; a TPU full lanes, and few blocks."""
-    return _up(pl.cdiv(size, pl.cdiv(size, 512)), 128) if platform == "tpu" else 64
+def _block(size: int, features: int, platform: str) -> int:
+    """Triton wants a power of two, and a GPU has little memory inside; a TPU wants full lanes, and few blocks."""
+    if platform == "tpu":
+        return _up(pl.cdiv(size, pl.cdiv(size, 512)), 128)
+    return max(16, min(64, 4096 // pl.next_power_of_2(features)))
 
 
 def _up(size: int, multiple: int) -> int:

@@ -45,34 +45,41 @@ def test_values_and_gradients(is_pad, seed):
             np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-13)
 
 
-MANY = {"queries": 70, "keys": 150, "widths": (24, 32)}  # blocks of 64, widths of powers of two
-
-
 @pytest.fixture
 def kernels(monkeypatch):
-    """Those of the fused attention, as plain JAX."""
-    monkeypatch.setattr(fused_attention, "PLATFORMS", ("cpu",))
+    """Those of the fused attention, without a device for them as plain JAX."""
+    if jax.default_backend() == "cpu":
+        monkeypatch.setattr(fused_attention, "PLATFORMS", ("cpu",))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+@pytest.mark.parametrize("is_exact", [True, False], ids=["exact", "bfloat16"])
 @pytest.mark.parametrize(
-    ("padded", "seed"), [(0, None), (50, 1), (150, 1)], ids=["whole", "padded_dropout", "all_padding_dropout"]
+    ("padded", "seed", "widths"),
+    [(0, None, (24, 32)), (50, 1, (72, 36)), (150, 1, (4, 4))],  # in blocks of 64, 32 and 64
+    ids=["whole", "padded_dropout", "all_padding_dropout"],
 )
-def test_fused_attention_is_the_same(kernels, padded, seed, dtype):
+def test_fused_attention_is_the_same(kernels, padded, seed, widths, is_exact):
+    """On an accelerator: make test-kernels."""
     is_pad = jnp.arange(150)[None] >= jnp.array([[150], [150 - padded]]) if padded else None
-    with jax.enable_x64(True):
+    exact, bound = (jnp.float64, 1e-13) if jax.default_backend() == "cpu" else (jnp.float32, 1e-5)
+    # The einsums round the weights and their cotangents to bfloat16, 0.004; the kernels sum in float32.
+    dtype, bound = (exact, bound) if is_exact else (jnp.bfloat16, 0.01)
+    with jax.enable_x64(dtype == jnp.float64), jax.default_matmul_precision("highest"):
         rng = None if seed is None else jax.random.key(seed, impl="rbg")
-        arguments = inputs(dtype, **MANY)
+        arguments = inputs(dtype, queries=70, keys=150, widths=widths)
         results = []
         for form in ("einsum", "fused"):
-            value, pullback = jax.vjp(lambda q, k, v, f=form: attend(q, k, v, is_pad, DROPOUT, rng, f), *arguments)
-            ct = jnp.array(np.random.default_rng(1).normal(size=value.shape), dtype)
-            results.append((value, *pullback(ct)))
+
+            @jax.jit
+            def run(ct, *arguments, form=form):
+                value, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, is_pad, DROPOUT, rng, form), *arguments)
+                return value, *pullback(ct)
+
+            ct = jnp.array(np.random.default_rng(1).normal(size=(B, 70, N, widths[1])), dtype)
+            results.append(run(ct, *arguments))
         for expected, actual in zip(*results, strict=True):
             assert actual.dtype == dtype
             error = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)
-            # The einsums round the weights and their cotangents to bfloat16, 0.004; the kernels sum in float32.
-            bound = 1e-13 if dtype == jnp.float64 else 0.01
             assert np.linalg.norm(error) <= bound * np.linalg.norm(np.asarray(expected, np.float64))
 
 
