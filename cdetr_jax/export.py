@@ -50,6 +50,7 @@ def make_detect(model: DetectionTransformer, classes: ClassTable, top_k: int) ->
     there are fewer candidates. With the softmax loss they count as "no object".
     Raises: ValueError, if no logit stands for anything, or a category id does not fit into int32.
     """
+    model = model.clone(attention="einsum")  # each of the kernels is for one platform alone
     known = [i for i, category in enumerate(classes) if category is not None]
     id_of_logit = np.array([0 if category is None else category.id for category in classes], np.int64)
     if not known:

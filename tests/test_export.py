@@ -43,6 +43,7 @@ FIELDS = {
 DETR = {"decoder": "detr", "class_loss": "softmax", "box_offset": False, "backbone_norm": "group", "dc5": True}
 VARIANTS = [
     {"compute_dtype": "bfloat16"},
+    {"attention": "fused"},
     {"backbone": "resnet50", "reference_point": "learned"},
     {"class_loss": "softmax", "reference_point": "zero"},
     {"encoder_layers": 0},
