@@ -38,6 +38,7 @@ from cdetr_jax.weights.start import check_form, start_from
 # Fields that may change between the start of a run and its resumption: they do not touch the weights.
 FREE_GROUPS = ("eval",)
 FREE_FIELDS = (
+    "model.attention",
     "data.workers",
     "data.threads",
     "data.folder",
