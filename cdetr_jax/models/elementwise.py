@@ -5,7 +5,7 @@ for `jax.nn.relu` a mask and a whole array of zeros beside the output that the n
 """
 
 import functools
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +18,37 @@ def new_seed(rng: Array | None, rate: float) -> UInt32[Array, "2"] | None:
 
 
 def is_kept(seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float) -> Bool[Array, "..."]:
-    """False for the fraction `rate` of all numbers.
+    """False for the fraction `rate` of all numbers: a hash of the marks of each one's row and column.
 
-    A hash of the seed and of each number's position, MurmurHash3's last step taken twice. JAX's generators write
-    their bits to memory before they are read; a hash is computed where it is needed, in both passes, and never written.
+    JAX's generators write their bits to memory before they are read; a hash is computed where it is needed, in both
+    passes, and never written.
     """
-    stride, position = 1, jnp.zeros(shape, jnp.uint32)
-    for axis in reversed(range(len(shape))):
-        position += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-        stride *= shape[axis]
-    return is_kept_at(position, seed, rate)
+    row_marks, column_marks = jax.lax.optimization_barrier(marks(seed, shape))  # or they are computed for each number
+    return are_kept(row_marks, column_marks, rate)
 
 
-def is_kept_at(position: UInt32[Array, "..."], seed: Any, rate: float) -> Bool[Array, "..."]:
-    """The part of `is_kept` at these positions, counted from 0 in row-major order. `seed`: also as a kernel has it."""
-    return _mixed(_mixed(position ^ seed[0]) ^ seed[1]) >= jnp.uint32(round(rate * 2**32))
+def marks(seed: UInt32[Array, "2"], shape: tuple[int, ...]) -> tuple[UInt32[Array, "... 1"], UInt32[Array, "... C"]]:
+    """Random numbers, one for each row and one for each column. All axes but the last count as rows."""
+    rows = _mixed(jnp.arange(math.prod(shape[:-1]), dtype=jnp.uint32) ^ seed[0])
+    columns = _mixed(_mixed(jnp.arange(shape[-1], dtype=jnp.uint32) ^ seed[1]))  # twice: no column is like a row
+    return rows.reshape(*shape[:-1], 1), columns.reshape((1,) * (len(shape) - 1) + (-1,))
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """One to one, and every bit depends on every bit: https://github.com/aappleby/smhasher, `fmix32`."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    """One to one, and every bit depends on every bit: MurmurHash3's `fmix32`, https://github.com/aappleby/smhasher."""
+    x = _nearly_mixed(x)
     return x ^ (x >> 16)
+
+
+def _nearly_mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The same in the upper half, which decides whether it is above a bound."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    return (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+
+
+def are_kept(row_marks: UInt32[Array, "..."], column_marks: UInt32[Array, "..."], rate: float) -> Bool[Array, "..."]:
+    """The part of `is_kept` of these rows and columns."""
+    return _nearly_mixed(row_marks ^ column_marks) >= jnp.uint32(round(rate * 2**32))
 
 
 def keep(x: Float[Array, "..."], kept: Bool[Array, "..."], rate: float) -> Float[Array, "..."]:
