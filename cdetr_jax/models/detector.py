@@ -136,7 +136,6 @@ class DetectionTransformer(nn.Module):
             num_heads=self.num_heads,
             ffn_width=self.ffn_width,
             dropout=self.dropout,
-            attention=self.attention,
             reference_point=self.reference_point,
             spatial_query=self.spatial_query,
             transformation=self.transformation,
@@ -144,6 +143,7 @@ class DetectionTransformer(nn.Module):
             local_gain=self.local_gain,
             norm_between_layers=self.norm_between_layers,
             dtype=self.dtype,
+            attention=self.attention,
             name="transformer",
         )(
             projected.reshape(batch, h * w, self.width),

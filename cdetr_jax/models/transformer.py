@@ -51,8 +51,8 @@ class TransformerLayer(nn.Module):
     num_heads: int
     ffn_width: int
     dropout: float
-    attention: str
     dtype: DTypeLike
+    attention: str = "einsum"
 
     def add_and_norm(self, name: str) -> AddAndNorm:
         """The residual connection called `name`."""
@@ -249,7 +249,7 @@ class Transformer(nn.Module):
         identity, so that `p_q.p_k` is highest at the query's reference point from the first step on.
       norm_between_layers: each decoder layer reads the normalised output of the one before, and the last output is
         normalised twice. Not as published: the form of weights that transformers trained with `auxiliary_loss`.
-      width, num_heads, ffn_width, dropout, attention, dtype: of every layer; `attention` as `form` of `attend`.
+      width, num_heads, ffn_width, dropout, dtype, attention: of every layer; `attention` as `form` of `attend`.
     """
 
     decoder: str
@@ -260,7 +260,6 @@ class Transformer(nn.Module):
     num_heads: int
     ffn_width: int
     dropout: float
-    attention: str
     reference_point: str
     spatial_query: str
     transformation: str
@@ -268,6 +267,7 @@ class Transformer(nn.Module):
     local_gain: float
     norm_between_layers: bool
     dtype: DTypeLike
+    attention: str = "einsum"
 
     @nn.compact
     def __call__(
@@ -284,8 +284,8 @@ class Transformer(nn.Module):
             "num_heads": self.num_heads,
             "ffn_width": self.ffn_width,
             "dropout": self.dropout,
-            "attention": self.attention,
             "dtype": self.dtype,
+            "attention": self.attention,
         }
         memory = features
         for i in range(self.encoder_layers):
