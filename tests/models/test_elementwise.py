@@ -65,4 +65,7 @@ def test_masks_look_random(rate):
     ]
     for a, b in pairs:
         assert abs((a * b).mean()) < 6 * deviation**2 / size + 1e-5
+    # The marks of a rectangle's corners always cancel out.
+    corners = first[:-1, :-1] * first[:-1, 1:] * first[1:, :-1] * first[1:, 1:]
+    assert abs(corners.mean()) < 6 * deviation**4 / size + 1e-5
     assert not np.array_equal(masks[0], masks[1])
