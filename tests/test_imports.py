@@ -18,6 +18,7 @@ structs
 classes
 boxes files device_memory
 models/elementwise
+models/fused_attention
 models/attention
 models/position models/resnet
 models/transformer
@@ -150,6 +151,7 @@ def test_nothing_optional_is_imported_before_it_is_needed():
         "tensorboard",
         "huggingface_hub",
         "supervision",
+        "jax.experimental.pallas.triton",
     )
     code += f"print([name for name in {heavy} if name in sys.modules], 'jax' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
