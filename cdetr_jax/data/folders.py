@@ -7,14 +7,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from cdetr_jax.data.coco import CocoFolder
 from cdetr_jax.data.sources import SPLITS, PictureFolder, files_in, split_name
 from cdetr_jax.data.voc import read_convention, read_voc
 from cdetr_jax.data.yolo import open_yolo
 from cdetr_jax.files import write_json
+from cdetr_jax.records import Category
 
 Reader = Callable[[], PictureFolder]
 
@@ -23,8 +26,8 @@ MOST_HELD_OUT = 5000  # ... but no more than COCO has
 
 EXPECTED = (
     "a COCO folder (train2017/, val2017/, annotations/instances_*.json, or train/_annotations.coco.json and valid/), "
-    "YOLO (data.yaml, images/, labels/), Pascal VOC (Annotations/*.xml, JPEGImages/, or XML beside the pictures), or "
-    "pictures with one COCO JSON"
+    "YOLO (data.yaml, images/, labels/), Pascal VOC (Annotations/*.xml, JPEGImages/, also in VOC2007/ and other years, "
+    "or XML beside the pictures), or pictures with one COCO JSON"
 )
 
 
@@ -71,6 +74,8 @@ def find_layout(folder: str | os.PathLike) -> Layout:
     inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX"))]
     if len(inner) == 1:  # as archives are unpacked
         return find_layout(inner[0])
+    if years := {path: found for path in sorted(inner) if re.match("VOC", path.name) and (found := _find_voc(path))}:
+        return _years(folder, years)
     if labels := [
         path for path in files_in(folder, (".txt",), deep=True) if "labels" in path.parts[len(folder.parts) : -1]
     ]:
@@ -245,3 +250,35 @@ def _find_voc(folder: Path) -> Layout | None:
         for path in places
     }
     return Layout(f"{folder} holds Pascal VOC's XML beside the pictures", _in_order(splits)) if splits else None
+
+
+def _years(folder: Path, years: dict[Path, Layout]) -> Layout:
+    """VOC2007, VOC2012, ...: a split is that of all years with it. Raises: ValueError, if only some have splits."""
+    readers: dict[str, list[Reader]] = {}
+    for layout in years.values():
+        for split, read in layout.splits.items():
+            readers.setdefault(split, []).append(read)
+    if "all" in readers and len(readers) > 1:
+        path = next(path for path, layout in years.items() if "all" in layout.splits)
+        raise ValueError(f"{path}: it has no lists of its splits, ImageSets/Main/*.txt, as another year has")
+    what = f"{folder} holds Pascal VOC's {', '.join(path.name for path in years)}"
+    return Layout(
+        what, _in_order({split: functools.partial(_as_one, folder, several) for split, several in readers.items()})
+    )
+
+
+def _as_one(folder: Path, readers: Sequence[Reader]) -> PictureFolder:
+    """Several sources in a folder, with classes of the same names, as one."""
+    sources = [read() for read in readers]
+    ids = {name: i for i, name in enumerate(sorted({c.name for source in sources for c in source.categories}), 1)}
+    records, places = [], []
+    for source in sources:
+        names = {category.id: category.name for category in source.categories}
+        for i, record in enumerate(source.records):
+            file_name = str((source.folder / record.file_name).relative_to(folder))
+            labels = np.array([ids[names[label]] for label in record.category_ids.tolist()], np.int64)
+            records.append(
+                dataclasses.replace(record, image_id=len(records) + 1, file_name=file_name, category_ids=labels)
+            )
+            places.append(source.places[i])
+    return PictureFolder(folder, records, [Category(i, name) for name, i in ids.items()], folder, places=places)

@@ -145,6 +145,7 @@ class PictureFolder:
       folder: that `file_name` of the records is relative to.
       records, categories: see `Source`.
       annotations: the file or folder of the annotations, for messages.
+      places: of each record, the annotation file and the line of each of its boxes; None: all in one file.
     """
 
     def __init__(
@@ -160,12 +161,12 @@ class PictureFolder:
         """Holds what a reader found.
 
         Args:
-          places: of each record, the annotation file and the line of each of its boxes; None: all in one file.
+          places: see the class.
           turned: sizes and boxes are of the picture turned as its EXIF tag says; else see `open_image`.
         """
         self.folder, self.annotations = folder, annotations
         self.records, self.categories = tuple(records), tuple(sorted(categories, key=lambda c: c.id))
-        self._places, self._turned = places, turned
+        self.places, self._turned = places, turned
         _report_equal_names(annotations, self.categories)
         if places is not None:
             where = [(i, k) for i, record in enumerate(self.records) for k in range(len(record.category_ids))]
@@ -219,14 +220,14 @@ class PictureFolder:
 
     def place_of(self, i: int, k: int) -> str:
         """Says where box `k` of record `i` is annotated: file and line, or file, picture and number."""
-        if self._places is None:
+        if self.places is None:
             return f"{self.annotations}: box {k + 1} of {self.records[i].file_name}"
-        file, lines = self._places[i]
+        file, lines = self.places[i]
         return f"{file}:{lines[k]}"
 
     def part(self, indices: Sequence[int]) -> "PictureFolder":
         """Some of the pictures, as a source of their own."""
-        places = None if self._places is None else [self._places[i] for i in indices]
+        places = None if self.places is None else [self.places[i] for i in indices]
         records = [self.records[i] for i in indices]
         return PictureFolder(
             self.folder, records, self.categories, self.annotations, places=places, turned=self._turned

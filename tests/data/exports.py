@@ -77,8 +77,8 @@ def _xml(name, width, height, objects, shift, database):
     return "\n".join([*lines, "</annotation>"])
 
 
-def voc(folder, shift=(1, 1, 0, 0), database="The VOC2007 Database"):
-    for split, seed, name, width, height, objects in _each():
+def voc(folder, shift=(1, 1, 0, 0), database="The VOC2007 Database", pictures=slice(None)):
+    for split, seed, name, width, height, objects in list(_each())[pictures]:
         _draw(folder / "JPEGImages" / name, width, height, seed)
         stem = name.removesuffix(".png")
         for path, text in (
@@ -94,6 +94,12 @@ def voc_labelimg(folder):
     voc(folder, (0, 0, 0, 0), "Unknown")
 
 
+def voc_years(folder):
+    for year, pictures in (("VOC2007", slice(0, None, 2)), ("VOC2012", slice(1, None, 2))):
+        voc(folder / year, pictures=pictures)
+    (folder / "devkit_doc").mkdir()
+
+
 def voc_roboflow(folder):
     for split, seed, name, width, height, objects in _each():
         _draw(folder / split / name, width, height, seed)
@@ -101,4 +107,4 @@ def voc_roboflow(folder):
         (folder / split / name.replace(".png", ".xml")).write_text(text)
 
 
-FORMATS = {f.__name__: f for f in (coco, roboflow_coco, yolo, voc, voc_labelimg, voc_roboflow)}
+FORMATS = {f.__name__: f for f in (coco, roboflow_coco, yolo, voc, voc_labelimg, voc_years, voc_roboflow)}

@@ -216,6 +216,26 @@ def test_voc_as_other_programs_write_it(tmp_path):
     assert source.records[0].boxes_xywh_px.tolist() == [[0, 0, 10, 20], [5, 7, 35, 23]]
 
 
+def test_years_of_voc_are_one_data_set(tmp_path):
+    exports.voc_years(tmp_path)
+    assert find_layout(tmp_path).describe() == f"{tmp_path} holds Pascal VOC's VOC2007, VOC2012: train, validation"
+    source = read_split(tmp_path, "train")
+    years = [record.file_name.partition("/")[0] for record in source.records]
+    assert years == sorted(years)
+    assert set(years) == {"VOC2007", "VOC2012"}
+    assert [record.image_id for record in source.records] == list(range(1, len(source) + 1))
+    with_boxes = [i for i, record in enumerate(source.records) if len(record.category_ids)]
+    for i in with_boxes:
+        year, _, name = source.records[i].file_name.split("/")
+        assert source.place_of(i, 0).startswith(f"{tmp_path / year / 'Annotations' / name.removesuffix('.png')}.xml:")
+    assert not list(look_through({"train": source}))
+    (tmp_path / "VOC2012" / "ImageSets").rename(tmp_path / "devkit_doc" / "away")
+    with pytest.raises(ValueError, match=r"VOC2012: it has no lists of its splits, ImageSets/Main/\*.txt, as another"):
+        find_layout(tmp_path)
+    (tmp_path / "VOC2007" / "ImageSets").rename(tmp_path / "devkit_doc" / "away too")
+    assert list(find_layout(tmp_path).splits) == ["all"]
+
+
 def test_coco_as_other_programs_write_it(tmp_path):
     exports.roboflow_coco(tmp_path)
     for split in ("train", "valid"):
