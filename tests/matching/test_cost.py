@@ -11,8 +11,9 @@ from cdetr_jax.structs import Predictions, Targets
 
 L, B, Q, T, C = 2, 3, 5, 4, 7
 SETTINGS = {"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0, "focal_alpha": 0.25, "focal_gamma": 2.0}
-# float32 against float64, on sums of terms of size 10.
-FLOAT32 = 1e-5
+# float32 against float64, on sums of terms of size 10. In the focal term a p of up to 0.9975 is taken from 1: its last
+# bit is 2.4e-5 of what is left, and the logarithm of that counts 2 * 0.75 times.
+FLOAT32 = 1e-4
 
 
 def problem(seed=0):

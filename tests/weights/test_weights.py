@@ -690,8 +690,8 @@ def test_a_list_runs_in_batches_and_finds_what_each_picture_alone_does():
     for found, one in zip(together, pictures, strict=True):
         alone = detector(one, threshold=0.0)
         np.testing.assert_array_equal(found.image, one)
-        # Another batch size may add up in another order.
-        np.testing.assert_allclose(found.scores, alone.scores, rtol=1e-5)
+        # Another batch size may add up in another order, which moves logits of size 5 by some 1e-5 (2e-6 of them).
+        np.testing.assert_allclose(found.scores, alone.scores, rtol=1e-4)
         np.testing.assert_allclose(found.boxes_xyxy_px, alone.boxes_xyxy_px, rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match="batch_size is 0, expected a whole number, at least 1"):
         detector(pictures, batch_size=0)
