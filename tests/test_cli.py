@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 import cdetr_jax
 from cdetr_jax import boxes
-from cdetr_jax.cli.main import keep_compiled_programs, keep_freed_memory, run
+from cdetr_jax.cli.environment import keep_compiled_programs, keep_freed_memory
+from cdetr_jax.cli.main import run
 from cdetr_jax.cli.predict import find_pictures
 from cdetr_jax.cli.predict_video import _newest, is_live
 from cdetr_jax.evaluation.coco_eval import SUMMARY
@@ -139,7 +140,7 @@ def test_help(command, expected, capsys, monkeypatch):
 def test_help_imports_nothing_heavy():
     code = """if True:
         import sys
-        from cdetr_jax.cli.main import keep_compiled_programs, run
+        from cdetr_jax.cli.main import run
         for arguments in ([], ["train"], ["evaluate"], ["predict"], ["convert"], ["benchmark"]):
             try:
                 run([*arguments, "--help"])

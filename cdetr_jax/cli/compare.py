@@ -18,6 +18,7 @@ import jax
 import ml_collections
 from absl import logging
 
+from cdetr_jax.cli.environment import keep_freed_memory
 from cdetr_jax.cli.settings import read_recipe, set_up_logging
 from cdetr_jax.compare import Run, make_runs, summarize, write_report
 from cdetr_jax.data.reader import usable_cores
@@ -168,6 +169,7 @@ def _start(run: Run, cores: set[int] | None) -> BaseProcess:
 
 def _train(config: dict[str, Any], workdir: Path, cores: set[int] | None) -> None:
     """One run, in a process of its own, which ends when the process that started it is killed."""
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if cores is not None:
         os.sched_setaffinity(0, cores)
