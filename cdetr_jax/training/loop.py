@@ -184,7 +184,12 @@ def _train(
         writer.write_picture(step, "eval/pictures", jpeg.getvalue(), *sheet.size)
 
     state = trainer.replicate(state)
-    ahead = Ahead(_programs(trainer, state, plan_settings, batches, eval_plan), usable_cores(), say)
+    must_evaluate = is_due(start_step) and checkpoints.score(start_step) is None  # it was stopped before this was done
+    if start_step < total_steps:
+        programs = _programs(trainer, state, plan_settings, batches, eval_plan)
+    else:
+        programs = eval_programs(trainer, state.eval_variables, eval_plan) if must_evaluate else ()
+    ahead = Ahead(programs, usable_cores(), say)
     feed = Feed(batches, trainer.put, accumulation_steps)
     timer = IntervalTimer()
     recent: list[tuple[int, StepMetrics]] = []
@@ -192,7 +197,7 @@ def _train(
     step = start_step
     try:
         with watch_signals() as stop:
-            if is_due(start_step) and checkpoints.score(start_step) is None:  # it was stopped before this was done
+            if must_evaluate:
                 summary = evaluate_now(start_step, stop)
             elif start_step >= total_steps:
                 say("The run in %s is complete: %d steps of %d.", workdir, start_step, total_steps)

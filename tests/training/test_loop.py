@@ -201,12 +201,15 @@ def test_predict_reads_the_workdir(undisturbed):
     assert len(detector(picture, threshold=1.0)) == 0
 
 
-def test_a_complete_run_is_left_alone(undisturbed, tmp_path):
+def test_a_complete_run_is_left_alone(undisturbed, tmp_path, monkeypatch):
     workdir = copy_run(undisturbed, tmp_path / "w")
     before = (workdir / "metrics.jsonl").read_text()
+    asked_for, ahead = [], loop.Ahead
+    monkeypatch.setattr(loop, "Ahead", lambda programs, *others: ahead(asked_for.extend(programs) or (), *others))
     assert loop.train_and_evaluate(undisturbed[0], workdir) is None
     assert saved_steps(workdir) == list(range(1, STEPS + 1))
     assert (workdir / "metrics.jsonl").read_text() == before
+    assert asked_for == []  # nothing was compiled
 
 
 def test_a_drawing_that_fails_ends_no_run(tmp_path, monkeypatch):
