@@ -65,7 +65,7 @@ training/evaluate
 training/attention
 training/loop
 compare
-cli/settings cli/arguments cli/predict_video
+cli/settings cli/environment cli/arguments cli/predict_video
 cli/processes cli/data_flag
 cli/benchmark_input cli/benchmark_compile
 cli/train cli/compare cli/curve cli/evaluate cli/predict cli/convert cli/export cli/benchmark cli/prepare cli/configs
