@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,20 +12,20 @@ from cdetr_jax.structs import Predictions, Targets
 
 L, B, Q, T, C = 2, 3, 5, 4, 7
 SETTINGS = {"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0, "focal_alpha": 0.25, "focal_gamma": 2.0}
-# float32 against float64, on sums of terms of size 10. In the focal term a p of up to 0.9975 is taken from 1: its last
-# bit is 2.4e-5 of what is left, and the logarithm of that counts 2 * 0.75 times.
-FLOAT32 = 1e-4
+# Against the loop in float64, on sums of terms of size 10. In the focal term a p of up to 0.9975 is taken from 1: in
+# float32 its last bit is 2.4e-5 of what is left, and the logarithm of that counts 2 * 0.75 times.
+TOLERANCES = {jnp.float32: 1e-4, jnp.float64: 1e-12}
 
 
-def problem(seed=0):
+def problem(seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     predictions = Predictions(
-        logits=jnp.array(rng.normal(scale=3.0, size=(L, B, Q, C)), jnp.float32),
-        boxes_cxcywh=jnp.array(rng.uniform(0.1, 0.9, (L, B, Q, 4)), jnp.float32),
+        logits=jnp.array(rng.normal(scale=3.0, size=(L, B, Q, C)), dtype),
+        boxes_cxcywh=jnp.array(rng.uniform(0.1, 0.9, (L, B, Q, 4)), dtype),
     )
     targets = Targets(
         labels=jnp.array(rng.integers(0, C, (B, T)), jnp.int32),
-        boxes_cxcywh=jnp.array(rng.uniform(0.1, 0.9, (B, T, 4)), jnp.float32),
+        boxes_cxcywh=jnp.array(rng.uniform(0.1, 0.9, (B, T, 4)), dtype),
         valid=jnp.ones((B, T), bool),
     )
     return predictions, targets
@@ -45,10 +46,12 @@ def literal_class_cost(logits, label, class_loss):
     return 0.25 * (1 - p) ** 2 * -math.log(p + 1e-8) - 0.75 * p**2 * -math.log(1 - p + 1e-8)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("class_loss", ["focal", "softmax"])
-def test_cost_is_the_literal_loop(class_loss):
-    predictions, targets = problem()
-    actual = matching_cost(predictions, targets, CostSettings(class_loss=class_loss, **SETTINGS))
+def test_cost_is_the_literal_loop(class_loss, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        predictions, targets = problem(dtype=dtype)
+        actual = matching_cost(predictions, targets, CostSettings(class_loss=class_loss, **SETTINGS))
     logits, predicted = (np.asarray(x, np.float64) for x in (predictions.logits, predictions.boxes_cxcywh))
     wanted, labels = np.asarray(targets.boxes_cxcywh, np.float64), np.asarray(targets.labels)
     expected = np.zeros((L, B, Q, T))
@@ -57,7 +60,8 @@ def test_cost_is_the_literal_loop(class_loss):
         l1 = sum(abs(x - y) for x, y in zip(predicted[layer, b, q], wanted[b, t], strict=True))
         giou = literal_giou(predicted[layer, b, q], wanted[b, t])
         expected[layer, b, q, t] = 2 * cost + 5 * l1 - 2 * giou
-    np.testing.assert_allclose(actual, expected, rtol=FLOAT32, atol=FLOAT32)
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("term", ["class_cost", "l1_cost", "giou_cost"])
