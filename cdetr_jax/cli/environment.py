@@ -1,4 +1,4 @@
-"""What a process is given before it imports JAX: a cache of compiled programs, and a heap that keeps what is freed."""
+"""What a process is given when it starts: a cache of compiled programs, and a heap that keeps what is freed."""
 
 import contextlib
 import ctypes

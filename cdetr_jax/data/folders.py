@@ -10,9 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from cdetr_jax.data.coco import CocoFolder
+from cdetr_jax.data.joined import moved
 from cdetr_jax.data.sources import SPLITS, PictureFolder, files_in, split_name
 from cdetr_jax.data.voc import read_convention, read_voc
 from cdetr_jax.data.yolo import open_yolo
@@ -74,7 +73,7 @@ def find_layout(folder: str | os.PathLike) -> Layout:
     inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__MACOSX"))]
     if len(inner) == 1:  # as archives are unpacked
         return find_layout(inner[0])
-    if years := {path: found for path in sorted(inner) if re.match("VOC", path.name) and (found := _find_voc(path))}:
+    if years := {path: found for path in sorted(inner) if path.name.startswith("VOC") and (found := _find_voc(path))}:
         return _years(folder, years)
     if labels := [
         path for path in files_in(folder, (".txt",), deep=True) if "labels" in path.parts[len(folder.parts) : -1]
@@ -273,12 +272,8 @@ def _as_one(folder: Path, readers: Sequence[Reader]) -> PictureFolder:
     ids = {name: i for i, name in enumerate(sorted({c.name for source in sources for c in source.categories}), 1)}
     records, places = [], []
     for source in sources:
-        names = {category.id: category.name for category in source.categories}
-        for i, record in enumerate(source.records):
-            file_name = str((source.folder / record.file_name).relative_to(folder))
-            labels = np.array([ids[names[label]] for label in record.category_ids.tolist()], np.int64)
-            records.append(
-                dataclasses.replace(record, image_id=len(records) + 1, file_name=file_name, category_ids=labels)
-            )
-            places.append(source.places[i])
+        new_ids = {category.id: ids[category.name] for category in source.categories}
+        shift, prefix = len(records), f"{source.folder.relative_to(folder)}/"
+        records += [moved(record, new_ids, shift, prefix) for record in source.records]
+        places += source.places
     return PictureFolder(folder, records, [Category(i, name) for name, i in ids.items()], folder, places=places)

@@ -41,7 +41,7 @@ class JoinedSource:
             new_names = [record.file_name for record in source.records]
             prefix = "" if file_names.isdisjoint(new_names) else f"{title}: "
             if shift or prefix or any(old != new for old, new in ids.items()):
-                records += [_changed(record, ids, shift, prefix) for record in source.records]
+                records += [moved(record, ids, shift, prefix) for record in source.records]
             else:
                 records += source.records
             image_ids.update(image_id + shift for image_id in new_ids)
@@ -91,7 +91,8 @@ def _merge(joint: dict[str, Category], title: str, categories: Sequence[Category
     return ids
 
 
-def _changed(record: Record, ids: dict[int, int], shift: int, prefix: str) -> Record:
+def moved(record: Record, ids: dict[int, int], shift: int, prefix: str) -> Record:
+    """A record among those of another source: `ids` by its own category ids, `shift` added to its image id."""
     return dataclasses.replace(
         record,
         image_id=record.image_id + shift,

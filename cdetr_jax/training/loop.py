@@ -185,10 +185,11 @@ def _train(
 
     state = trainer.replicate(state)
     must_evaluate = is_due(start_step) and checkpoints.score(start_step) is None  # it was stopped before this was done
+    programs = ()
     if start_step < total_steps:
         programs = _programs(trainer, state, plan_settings, batches, eval_plan)
-    else:
-        programs = eval_programs(trainer, state.eval_variables, eval_plan) if must_evaluate else ()
+    elif must_evaluate:
+        programs = eval_programs(trainer, state.eval_variables, eval_plan)
     ahead = Ahead(programs, usable_cores(), say)
     feed = Feed(batches, trainer.put, accumulation_steps)
     timer = IntervalTimer()
